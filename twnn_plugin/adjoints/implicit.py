@@ -1,0 +1,125 @@
+"""The implicit gradient: a linear solve at the fixed point."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..solvers import Control, Outcome, Solver, StepSolver, registry, solve
+from ..types import AdjointReport, Status
+from .base import Adjoint
+from .equation import Call
+from .graft import Tape, graft
+
+__all__ = ["Implicit"]
+
+
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    """Implicit gradient: solves ``u = J^T u + g`` for each row, then pulls u back through ``f``.
+
+    Exact up to the tolerance (equation 8 of Habiba & Pearlmutter 2021; equation 5 of Mathur & Plis
+    2023; the implicit function theorem). Memory: one evaluation of ``f``. Rows leave the backward
+    solve as they leave the forward one. A row whose backward solve fails gets ``u = g``, the
+    one-step gradient, and its status says so. Second derivatives raise.
+
+    Args:
+        solver: name or instance of the solver of the linear equation; ``None``: ``"anderson"``,
+            which is a restarted Krylov method on a linear map.
+        tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve.
+        max_iter: vector-Jacobian products per row; ``None``: as many as the forward solve had, but
+            at least 20.
+    """
+
+    solver: str | Solver | None = None
+    tol: float | None = None
+    max_iter: int | None = None
+
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.tol is not None and not self.tol > 0:
+            raise OptionError(f"Option tol of adjoint 'implicit' must be positive; got {self.tol!r}.")
+        if self.max_iter is not None and self.max_iter < 1:
+            raise OptionError(f"Option max_iter of adjoint 'implicit' must be at least 1; got {self.max_iter!r}.")
+        registry.resolve(self.solver if self.solver is not None else "anderson")
+
+    def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
+        with torch.no_grad():
+            outcome = call.solve()
+        autocast = _autocast_state(call.z0.device.type)
+
+        def pull(tape: Tape, g: Tensor, rows: Tensor | None) -> Tensor:
+            with autocast():
+                return self._solve(call, outcome.value, tape, g, rows, reports)
+
+        return graft(call, outcome, pull)
+
+    def _solve(
+        self, call: Call, z: Tensor, tape: Tape, g: Tensor, rows: Tensor | None, reports: list[AdjointReport]
+    ) -> Tensor:
+        solver = registry.resolve(self.solver if self.solver is not None else "anderson")
+        scale = torch.linalg.vector_norm(g, dim=1)
+        control = Control(
+            tol=max(self.tol or call.control.tol, 4 * torch.finfo(g.dtype).eps),
+            max_iter=self.max_iter or max(call.control.max_iter, 20),
+            scale=scale if isinstance(solver, StepSolver) else None,
+            coupled=call.control.coupled,
+        )
+        problem = _Linear(call, z, tape, g, rows)
+        solved = solve(solver, problem, g, control)
+        failed = (solved.status == int(Status.diverged)) | (solved.status == int(Status.non_finite))
+        u = torch.where(failed[:, None], g, solved.value)
+        reports.append(
+            AdjointReport("implicit", True, *_whole(solved, rows, call), evaluations=problem.evaluations)
+        )
+        return u
+
+
+def _whole(solved: Outcome, rows: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Status, steps and residual over the whole batch; rows kept out are non-finite."""
+    if rows is None:
+        return solved.status, solved.steps, solved.residual
+    batch = call.z0.shape[0]
+    status = solved.status.new_full((batch,), int(Status.non_finite)).index_copy(0, rows, solved.status)
+    steps = solved.steps.new_zeros(batch).index_copy(0, rows, solved.steps)
+    residual = solved.residual.new_full((batch,), float("nan")).index_copy(0, rows, solved.residual)
+    return status, steps, residual
+
+
+def _autocast_state(device: str) -> Any:
+    """The present autocast setting, to be entered again in the backward pass."""
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext
+    dtype = torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype)
+
+
+class _Linear:
+    """``u -> J^T u + g`` at the solution (a ``Problem``).
+
+    The graph of one evaluation serves all products. When most rows are done, ``f`` is evaluated once
+    more on the others, so that later products cost what those rows cost.
+    """
+
+    leave_share = 0.5  # a new graph costs about one product
+
+    def __init__(self, call: Call, z: Tensor, tape: Tape, g: Tensor, rows: Tensor | None):
+        self.call, self.z, self.tape, self.g = call, z, tape, g
+        self.rows = torch.arange(z.shape[0], device=z.device) if rows is None else rows
+        self.size = g.shape[0]
+        self.evaluations = 0
+        self.can_leave = bool(call.context)
+
+    def evaluate(self, u: Tensor) -> Tensor:
+        self.evaluations += self.size
+        return self.tape.pull(u) + self.g
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows, self.g, self.size = self.rows[rows], self.g[rows], rows.numel()
+        self.tape = Tape(self.call, self.z[self.rows], self.rows, attached=False)

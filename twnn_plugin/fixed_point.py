@@ -1,0 +1,141 @@
+"""``fix``: solve ``z = f(z, *context)`` and carry the derivatives of the solution."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import adjoints, solvers
+from .adjoints import Adjoint, Call
+from .errors import ConvergenceWarning, FixedPointError, MapError, OptionError, nearest
+from .solvers import Control, Solver
+from .state import Layout
+from .types import AdjointReport, Iteration, Solution, State
+
+__all__ = ["check_control", "fix", "run"]
+
+STOPS = ("rel", "abs")
+NORMS = ("l2", "max")
+
+
+def fix(
+    f: Callable[..., State],
+    z0: State,
+    *context: Tensor,
+    solver: str | Solver = "anderson",
+    adjoint: str | Adjoint = "implicit",
+    tol: float = 1e-4,
+    max_iter: int = 50,
+    stop: str = "rel",
+    norm: str = "l2",
+    throw: bool = False,
+    coupled: bool = False,
+    callback: Callable[[Iteration], None] | None = None,
+) -> Solution:
+    """Solve the fixed-point equation ``z = f(z, *context)`` for every row of a batch.
+
+    The iterate-to-fixed-point operator of Habiba & Pearlmutter (2021), equations 3 and 7, with
+    its derivatives (equation 8 by default). Rows are independent: each has its own
+    status, steps and residual, and leaves the batch when it is done, forward and backward, provided
+    that what differs between rows is passed as context.
+
+    Args:
+        f: ``f(z, *context) -> z_next``, of the same structure, shapes and dtypes. Parameters and
+            other tensors that it closes over get gradients without being listed; tensors with one
+            row per sample must be context. It must be deterministic during one call.
+        z0: starting state: a floating-point tensor (B, ...), or a tuple or dict of them.
+        *context: tensors (B, ...) handed to ``f``, gathered as rows leave. Without context no row
+            leaves; finished rows are evaluated to the end and ignored.
+        solver: registered name, ``tw.solver(name, ...)`` or an instance.
+        adjoint: registered name, ``tw.adjoint(name, ...)`` or an instance.
+        tol: a row has converged when its residual is at most this. > 0.
+        max_iter: evaluations of ``f`` per row at most. >= 1.
+        stop: ``"rel"``: residual ``||f(z) - z|| / (||f(z)|| + 1e-9)``; ``"abs"``: ``||f(z) - z||``.
+        norm: per row, ``"l2"``, or ``"max"``: the largest change at any position against the rms
+            state, which long inputs need.
+        throw: raise instead of warning when rows fail.
+        coupled: the rows of ``f`` influence each other: none leaves before all have converged.
+        callback: called with an :class:`~twnn_plugin.types.Iteration` after each evaluation.
+
+    Returns:
+        A :class:`~twnn_plugin.types.Solution`.
+
+    Raises:
+        OptionError: an option is out of range.
+        UnknownNameError: no such solver or adjoint; the message has the nearest name.
+        MapError: ``f`` changes structure, shape or dtype, or a context tensor has another batch size.
+        FixedPointError: with ``throw=True``, rows did not converge; it holds the solution.
+
+    Example:
+        >>> import torch, twnn_plugin as tw
+        >>> w = torch.nn.Parameter(0.1 * torch.randn(8, 8))
+        >>> x = torch.randn(4, 8)
+        >>> solution = tw.fix(lambda z, x: torch.tanh(z @ w + x), torch.zeros(4, 8), x)
+        >>> solution.value.sum().backward()
+    """
+    control = check_control(tol, max_iter, stop, norm)
+    control = replace(control, coupled=coupled, callback=callback)
+    solution = run(
+        f, z0, context, control, solvers.registry.resolve(solver), adjoints.registry.resolve(adjoint)
+    )
+    if not bool(solution.converged.all()):
+        failed = int((~solution.converged).sum())
+        message = f"{failed} of {solution.status.numel()} rows did not converge. {solution.describe()}"
+        if throw:
+            raise FixedPointError(message, solution)
+        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+    return solution
+
+
+def run(
+    f: Callable[..., State],
+    z0: State,
+    context: tuple[Tensor, ...],
+    control: Control,
+    solver: Solver,
+    adjoint: Adjoint,
+    settled: Tensor | None = None,
+) -> Solution:
+    """``fix`` for blocks: everything is resolved, nothing is warned about or raised.
+
+    Args:
+        settled: (B,) bool of rows that are at their fixed point in ``z0`` already; see
+            :class:`~twnn_plugin.adjoints.equation.Call`.
+    """
+    layout, start = Layout.of(z0)
+    for index, tensor in enumerate(context):
+        if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.shape[0] != start.shape[0]:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise MapError(
+                f"Context {index} must be a tensor with {start.shape[0]} rows, one per sample of z0; got "
+                f"{got}. What all rows share belongs into f itself."
+            )
+    call = Call(f, layout, start, context, solver, control, settled)
+    reports: list[AdjointReport] = []
+    outcome = adjoint.run(call, reports)
+    value = layout.unpack(outcome.value)
+    return Solution(
+        value, outcome.status, outcome.steps, outcome.residual, call.evaluations, reports
+    )
+
+
+def check_control(tol: float, max_iter: int, stop: str, norm: str) -> Control:
+    """The stopping rule, checked.
+
+    Raises:
+        OptionError: ``tol`` is not a positive number, ``max_iter`` is not a whole number >= 1, or
+            ``stop`` or ``norm`` is unknown.
+    """
+    if not isinstance(tol, (int, float)) or not math.isfinite(tol) or tol <= 0:
+        raise OptionError(f"tol must be a positive number; got {tol!r}.")
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
+        raise OptionError(f"max_iter must be a whole number, at least 1; got {max_iter!r}.")
+    for name, value, known in (("stop", stop, STOPS), ("norm", norm, NORMS)):
+        if value not in known:
+            raise OptionError(f"{name} must be one of {known}; got {value!r}.{nearest(str(value), known)}")
+    return Control(tol=float(tol), max_iter=max_iter, stop=stop, norm=norm)

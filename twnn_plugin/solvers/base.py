@@ -1,0 +1,114 @@
+"""What a solver is: a whole solver, or the step of one whose loop the driver owns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..types import Iteration
+
+__all__ = ["Control", "Outcome", "Problem", "Solver", "StepSolver", "WholeSolver"]
+
+
+class Problem(Protocol):
+    """The equation ``z = f(z)`` for the rows that are still being solved.
+
+    Attributes:
+        size: rows now in the batch, b.
+        evaluations: rows evaluated so far in all.
+        can_leave: whether rows may leave the batch (their context can be gathered).
+        leave_share: rows leave when the share of unfinished rows falls below this.
+    """
+
+    size: int
+    evaluations: int
+    can_leave: bool
+    leave_share: float
+
+    def evaluate(self, z: Tensor) -> Tensor:
+        """``f`` on a (b, D) matrix of states; counted in ``evaluations``."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows (indices into the present batch) only."""
+        ...
+
+
+@dataclass(frozen=True)
+class Control:
+    """When a row is finished.
+
+    Attributes:
+        tol: tolerance, > 0.
+        max_iter: evaluations of ``f`` per row at most, >= 1.
+        stop: ``"rel"`` (against ``||f(z)||``) or ``"abs"``.
+        norm: ``"l2"`` or ``"max"`` (largest change at any position, against the rms state).
+        scale: (B,) what the tolerance is relative to, instead of ``||f(z)||``; used by adjoints.
+        coupled: rows influence each other, so all of them finish together.
+        callback: called after every evaluation with an :class:`~twnn_plugin.types.Iteration`.
+    """
+
+    tol: float
+    max_iter: int
+    stop: str = "rel"
+    norm: str = "l2"
+    scale: Tensor | None = None
+    coupled: bool = False
+    callback: Callable[[Iteration], None] | None = None
+
+
+@dataclass
+class Outcome:
+    """A solve's result over the whole batch: value (B, D); status, steps, residual (B,)."""
+
+    value: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+
+
+class Solver(ABC):
+    """A way to solve ``z = f(z)``; derive from :class:`StepSolver` or :class:`WholeSolver`."""
+
+
+class StepSolver(Solver):
+    """A method given by its step; the driver owns the loop, the tests and the bookkeeping.
+
+    Write it as a frozen dataclass whose fields are its options. ``init`` and ``step`` work on
+    matrices: one row a sample, all rows independent of each other.
+    """
+
+    def init(self, z: Tensor) -> Any:
+        """The method's own state at the start, from the (b, D) matrix ``z``.
+
+        Any nesting of tuples, lists and dicts of tensors whose first axis is the batch (the driver
+        gathers them when rows leave) and of plain Python values (left alone).
+        """
+        return None
+
+    @abstractmethod
+    def step(self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next iterate.
+
+        Args:
+            problem: for methods that need further evaluations of ``f`` in a step.
+            z: (b, D) the present iterate.
+            fz: (b, D) ``f(z)``.
+            r: (b, D) ``f(z) - z``.
+            state: what ``init`` or the last ``step`` returned.
+
+        Returns:
+            The next (b, D) iterate and the method's new state.
+        """
+
+
+class WholeSolver(Solver):
+    """A method that runs its own loop, such as another library's."""
+
+    @abstractmethod
+    def solve(self, problem: Problem, z: Tensor, control: Control) -> Outcome:
+        """Solve from the (B, D) matrix ``z``; statuses must come from a measured residual."""

@@ -1,0 +1,51 @@
+"""Residuals, tolerances and statuses of rows: one definition for every solver."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Status
+from .base import Control
+
+__all__ = ["EPS", "classify", "measure", "report_residual", "threshold"]
+
+EPS = 1e-9
+"""Added to ``||f(z)||`` so that a fixed point at zero can be met (torchdeq's constant)."""
+
+
+def measure(r: Tensor, fz: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """Size of the change and of the state, row by row.
+
+    Args:
+        r: (b, D) ``f(z) - z``.
+        fz: (b, D) ``f(z)``.
+        norm: ``"l2"``, or ``"max"``: the largest absolute entry of ``r`` and the rms of ``fz``.
+
+    Returns:
+        Two (b,) tensors.
+    """
+    size = torch.linalg.vector_norm(fz, dim=1)
+    if norm == "l2":
+        return torch.linalg.vector_norm(r, dim=1), size
+    return r.abs().amax(dim=1), size / fz.shape[1] ** 0.5
+
+
+def threshold(size: Tensor, control: Control) -> Tensor | float:
+    """What the change must not exceed, (b,) or a number."""
+    if control.scale is not None:
+        return control.tol * control.scale
+    return control.tol * (size + EPS) if control.stop == "rel" else control.tol
+
+
+def report_residual(change: Tensor, size: Tensor, control: Control) -> Tensor:
+    """The residual as users read it: relative or absolute, as ``stop`` says."""
+    if control.scale is not None:
+        return change / control.scale.clamp_min(torch.finfo(change.dtype).tiny)
+    return change / (size + EPS) if control.stop == "rel" else change
+
+
+def classify(change: Tensor, limit: Tensor | float) -> Tensor:
+    """Statuses of rows that leave: converged within ``limit``, else diverged or non-finite."""
+    failed = torch.where(torch.isfinite(change), int(Status.diverged), int(Status.non_finite))
+    return torch.where(change <= limit, int(Status.converged), failed)

@@ -1,0 +1,34 @@
+"""Plain (Picard, Banach) iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import OptionError
+from .base import Problem, StepSolver
+
+__all__ = ["Picard"]
+
+
+@dataclass(frozen=True)
+class Picard(StepSolver):
+    """Plain iteration ``z <- z + damping * (f(z) - z)``.
+
+    Equation 3 of Habiba & Pearlmutter (2021). Converges where ``f`` is a contraction; the right
+    choice where the state travels (a front) rather than settles at a linear rate.
+
+    Args:
+        damping: in (0, 1]; below 1 it settles maps whose Jacobian has eigenvalues near -1.
+    """
+
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise OptionError(f"Option damping of solver 'picard' must be in (0, 1]; got {self.damping!r}.")
+
+    def step(self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return (fz if self.damping == 1 else z + self.damping * r), None

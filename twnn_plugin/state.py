@@ -1,0 +1,108 @@
+"""States as the user writes them (tensor, tuple, dict) and as solvers see them: one (B, D) matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import MapError
+from .types import State
+
+__all__ = ["Layout"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _parts(state: State, what: str) -> tuple[tuple[str, ...] | None, str, list[Tensor]]:
+    if isinstance(state, Tensor):
+        return None, "tensor", [state]
+    if isinstance(state, dict):
+        keys, kind, parts = tuple(state), "dict", list(state.values())
+    elif isinstance(state, (tuple, list)):
+        keys, kind, parts = None, "tuple", list(state)
+    else:
+        keys, kind, parts = None, type(state).__name__, []
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
+        raise MapError(f"{what} must be a tensor, or a non-empty tuple or dict of tensors; got {kind}.")
+    return keys, kind, parts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state is laid out in a row of the matrix that solvers work on.
+
+    The matrix is float64 if any part is, else float32: half-precision states are solved for in
+    float32 and rounded each time ``f`` sees them, so that residuals and histories keep their digits.
+    """
+
+    kind: str
+    keys: tuple[str, ...] | None
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(state: State, what: str = "z0") -> tuple[Layout, Tensor]:
+        """The layout of a state and its (B, D) matrix.
+
+        Raises:
+            MapError: not a tensor, tuple or dict of floating-point tensors with one batch size.
+        """
+        keys, kind, parts = _parts(state, what)
+        for part in parts:
+            if part.dim() == 0:
+                raise MapError(f"{what} needs a batch as its first axis; got a scalar tensor.")
+            if not part.is_floating_point():
+                raise MapError(f"{what} must be of a floating-point dtype; got {part.dtype}.")
+        batches = {part.shape[0] for part in parts}
+        if len(batches) > 1:
+            raise MapError(f"The parts of {what} must have one batch size; got {sorted(batches)}.")
+        dtypes = tuple(part.dtype for part in parts)
+        work = torch.float64 if torch.float64 in dtypes else torch.float32
+        shapes = tuple(part.shape[1:] for part in parts)
+        layout = Layout(kind, keys, shapes, dtypes, tuple(s.numel() for s in shapes), work)
+        return layout, layout._matrix(parts)
+
+    def _matrix(self, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            part = parts[0]
+            return part.reshape(part.shape[0], self.sizes[0]).to(self.dtype)
+        flat = [p.reshape(p.shape[0], s).to(self.dtype) for p, s in zip(parts, self.sizes, strict=True)]
+        return torch.cat(flat, dim=1)
+
+    def unpack(self, matrix: Tensor) -> State:
+        """A (b, D) matrix as a state of b rows."""
+        b = matrix.shape[0]
+        if self.kind == "tensor":
+            return matrix.view(b, *self.shapes[0]).to(self.dtypes[0])
+        columns = matrix.split(list(self.sizes), dim=1)
+        parts = [
+            column.reshape(b, *shape).to(dtype)
+            for column, shape, dtype in zip(columns, self.shapes, self.dtypes, strict=True)
+        ]
+        return dict(zip(self.keys, parts, strict=True)) if self.keys is not None else tuple(parts)
+
+    def pack(self, state: State, rows: int) -> Tensor:
+        """What ``f`` returned for ``rows`` rows, checked, as a (rows, D) matrix.
+
+        Raises:
+            MapError: the structure, shapes or dtypes are not those of ``z0``.
+        """
+        keys, kind, parts = _parts(state, "What f returns")
+        if kind != self.kind or keys != self.keys or len(parts) != len(self.shapes):
+            raise MapError(f"f must return a state of the structure of z0, a {self.kind}; it returned a {kind}.")
+        for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True):
+            if part.shape != (rows, *shape):
+                raise MapError(
+                    f"f must keep the shape of the state: it was given {(rows, *shape)} and returned "
+                    f"{tuple(part.shape)}. If f closes over a tensor that has one row per sample, pass it "
+                    "to fix as context: fix(f, z0, x), f(z, x)."
+                )
+            # Under autocast a layer returns the autocast dtype whatever it was given.
+            autocast = part.dtype in _HALF and torch.is_autocast_enabled(part.device.type)
+            if part.dtype != dtype and not autocast:
+                raise MapError(f"f must keep the dtype of the state, {dtype}; it returned {part.dtype}.")
+        return self._matrix(parts)
