@@ -1,0 +1,79 @@
+"""What happened at one span in the last forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..types import AdjointReport, Status
+
+__all__ = ["Report", "SpanRecord"]
+
+
+@dataclass
+class SpanRecord:
+    """One span's last forward pass.
+
+    Attributes:
+        span: its name, such as ``"layer4->layer3"``.
+        gate: (B,) the factor on the message that was in force; 0 is closed.
+        status: (B,) integers of :class:`~twnn_plugin.types.Status`; closed rows are converged.
+        steps: (B,) replays of the span spent on the row by the solver; 0 for closed rows.
+        residual: (B,) last measured residual; 0 for closed rows.
+        fallback: (B,) bool, true where the solve failed and the open-loop value was used instead.
+        evaluations: rows replayed in all, those of the differentiated evaluation included.
+        multiply_adds: multiply-adds executed by these replays (the open-loop pass not counted).
+        adjoint: how the backward solve ended, once it ran.
+    """
+
+    span: str
+    gate: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    fallback: Tensor
+    evaluations: int
+    multiply_adds: int = 0
+    reports: list[AdjointReport] = field(default_factory=list, repr=False)
+
+    @property
+    def adjoint(self) -> AdjointReport | None:
+        return self.reports[-1] if self.reports else None
+
+    @property
+    def open(self) -> Tensor:
+        """(B,) bool: rows that were iterated."""
+        return self.gate > 0
+
+
+class Report(list[SpanRecord]):
+    """Records of all spans; prints as a table."""
+
+    def __str__(self) -> str:
+        head = ("span", "rows", "open", "converged", "steps mean/max", "evaluations", "multiply-adds")
+        rows = [head, *(self._row(record) for record in self)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+    @staticmethod
+    def _row(record: SpanRecord) -> tuple[str, ...]:
+        opened = record.open
+        count = int(opened.sum())
+        total = max(opened.numel(), 1)
+        if count:
+            good = int((record.status[opened] == int(Status.converged)).sum())
+            steps = record.steps[opened].to(torch.float32)
+            shown = (f"{good}/{count}", f"{float(steps.mean()):.1f}/{int(steps.max())}")
+        else:
+            shown = ("-", "-")
+        return (
+            record.span,
+            str(opened.numel()),
+            f"{100 * count / total:.1f} %",
+            *shown,
+            str(record.evaluations),
+            f"{record.multiply_adds:,}",
+        )

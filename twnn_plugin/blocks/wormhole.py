@@ -1,0 +1,109 @@
+"""The wormhole-gated block: any module whose output can be fed back to its input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import gates
+from ..errors import MapError
+from ..gates import Gate
+from .count import multiply_adds
+from .feedback import Feedback
+from .one_map import OneMap
+from .record import SpanRecord
+from .session import OpenLoop
+from .settings import SolveSettings
+
+__all__ = ["Wormhole"]
+
+
+class Wormhole(nn.Module):
+    """A module, or a chain of modules, with a gated connection from its output to its input.
+
+    ``z = body(x + gate * message(z))``, solved for z from the plain output ``body(x)``; equations 3
+    and 7 of Habiba & Pearlmutter (2021). With a closed gate it is the body.
+
+    Args:
+        body: a module of one tensor, or a sequence of such modules.
+        example: an input (B, ...) of the body, to learn the shapes from; its values do not matter.
+        gate: registered name, ``(name, options)`` or a gate made for the output's channels.
+        policy: who is iterated, such as ``tw.policy("random", p=0.3)``; None: where the gate is open.
+        channels_last: whether 4-axis activations are (B, H, W, C).
+        scale: initial scale of the message.
+        **settings: ``solver``, ``adjoint``, ``tol``, ``max_iter``, ``stop``, ``norm``, as in
+            :func:`twnn_plugin.fix`.
+
+    Raises:
+        MapError: the body does not map a tensor to a tensor of the same batch size.
+        OptionError: an unknown or impossible option.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module | Sequence[nn.Module],
+        example: Tensor,
+        gate: str | tuple[str, dict[str, Any]] | Gate = "straight_through",
+        policy: nn.Module | None = None,
+        channels_last: bool = False,
+        scale: float = 0.1,
+        **settings: Any,
+    ):
+        super().__init__()
+        self.body = body if isinstance(body, nn.Module) else nn.Sequential(*body)
+        out = _probe(self.body, example)
+        self.one_map = OneMap([self.body])
+        self.feedback = Feedback(
+            "body->body",
+            example,
+            out,
+            gate_factory(gate),
+            policy,
+            SolveSettings().changed(**settings),
+            channels_last,
+            scale,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) input to the settled output of the body."""
+        watched = OpenLoop(self.one_map, x, self.training)
+        out, frozen = watched.finish(self.body(x), lambda: self.body(x))
+        return self.feedback.settle(x, out, self.body, (), frozen)
+
+    @property
+    def last(self) -> SpanRecord | None:
+        """The record of the last forward pass, multiply-adds counted."""
+        record = self.feedback.last
+        if record is not None and record.evaluations and not record.multiply_adds:
+            record.multiply_adds = record.evaluations * multiply_adds(self.feedback, self.body, [self.body])
+        return record
+
+
+def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Any:
+    """A function of the number of channels that makes the gate."""
+    if isinstance(gate, Gate):
+        return lambda channels: gate
+    name, options = (gate, {}) if isinstance(gate, str) else gate
+    gates.registry.entry(name)  # an unknown name is said now, not in the middle of the construction
+    return lambda channels: gates.registry.make(name, channels=channels, **options)
+
+
+def _probe(body: nn.Module, example: Tensor) -> Tensor:
+    modes = [(module, module.training) for module in body.modules()]
+    body.eval()
+    try:
+        with torch.no_grad():
+            out = body(example)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not isinstance(out, Tensor) or out.dim() == 0 or out.shape[0] != example.shape[0]:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise MapError(
+            f"A wormhole's body must return one tensor with the {example.shape[0]} rows it was given; it "
+            f"returned {got}."
+        )
+    return out

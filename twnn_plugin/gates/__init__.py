@@ -1,0 +1,25 @@
+"""Gates by name: ``names()``, ``get(name)``, ``register(name, factory)``."""
+
+from ..registry import Registry
+from .base import Gate, GateOutput, LearnedGate
+
+registry: Registry[Gate] = Registry("gate", Gate)
+names, get, register, owner, entries = (
+    registry.names,
+    registry.get,
+    registry.register,
+    registry.owner,
+    registry.entries,
+)
+
+__all__ = [
+    "Gate",
+    "GateOutput",
+    "LearnedGate",
+    "entries",
+    "get",
+    "names",
+    "owner",
+    "register",
+    "registry",
+]

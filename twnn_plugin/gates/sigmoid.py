@@ -1,0 +1,22 @@
+"""A gate that opens by degrees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import GateOutput, LearnedGate
+
+__all__ = ["SigmoidGate"]
+
+
+class SigmoidGate(LearnedGate):
+    """Soft gate: lets ``sigmoid(score)`` of the message in once the score is above the threshold.
+
+    Exactly closed below it, so that closed samples cost nothing.
+    """
+
+    def forward(self, features: Tensor) -> GateOutput:
+        margin = self.margin(features)
+        probability = torch.sigmoid(margin)
+        return GateOutput(probability, probability, margin > 0)

@@ -1,0 +1,23 @@
+"""A gate that is either open or closed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import GateOutput, LearnedGate
+
+__all__ = ["StraightThroughGate"]
+
+
+class StraightThroughGate(LearnedGate):
+    """Open or closed; learns through its probability (straight-through, Bengio et al. 2013).
+
+    A closed sample contributes exactly nothing to the forward pass, in training too, yet its gate and
+    message receive the gradient they would have if they were open by the gate's probability.
+    """
+
+    def forward(self, features: Tensor) -> GateOutput:
+        margin = self.margin(features)
+        opened = margin > 0  # false for NaN: a broken sample is not iterated
+        return GateOutput(torch.sigmoid(margin), torch.ones_like(margin), opened)

@@ -1,0 +1,16 @@
+"""The policy that leaves the choice to each span's gate."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Policy, PolicyView
+
+__all__ = ["GatePolicy"]
+
+
+class GatePolicy(Policy):
+    """Iterates where the span's own gate is open."""
+
+    def forward(self, view: PolicyView) -> Tensor:
+        return view.open
