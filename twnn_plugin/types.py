@@ -127,9 +127,11 @@ class Solution:
         return self.status == int(Status.converged)
 
     def describe(self) -> str:
-        """One line a status: how many rows, which, and what to do about it."""
+        """One line for each way in which rows failed: how many, which, and what to do about it."""
+        if bool(self.converged.all()):
+            return f"All {self.status.numel()} rows converged."
         lines = []
-        for status in Status:
+        for status in list(Status)[1:]:
             rows = torch.nonzero(self.status == int(status)).flatten().tolist()
             if rows:
                 shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..solvers import Outcome
 from ..types import Status
@@ -34,12 +33,36 @@ class _Graft(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fz: Tensor, z: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.pull = pull
+        ctx.save_for_backward(fz)
         return z.view_as(z)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.pull(grads[0]), None, None
+        (fz,) = ctx.saved_tensors
+        with torch.no_grad():
+            u = ctx.pull(grads[0])
+        if torch.is_grad_enabled():  # create_graph=True
+            u = _Refuse.apply(u, fz, grads[0])
+        return u, None, None
+
+
+class _Refuse(torch.autograd.Function):
+    """Identity on ``u`` that cannot be differentiated.
+
+    ``u`` depends on everything that ``fz`` and g depend on. They are inputs here so that any second
+    derivative passes through this node and raises, instead of missing that dependence silently.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "This adjoint of fix gives first derivatives only: trying to differentiate twice. Use "
+            "adjoint='unrolled', whose derivatives of any order are right."
+        )
 
 
 class Tape:

@@ -119,6 +119,8 @@ def _feedback(
     entry, out = calls[0].inputs()[0], calls[-1].output
     try:
         feedback = Feedback(str(spec), entry, out, gate, policy, settings, channels_last, scale)
+    except (OptionError, UnknownNameError):
+        raise
     except ValueError as error:
         raise AttachError(f"Wormhole {str(spec)!r} cannot be built: {error}") from error
     return feedback.to(entry.device, entry.dtype)

@@ -17,7 +17,7 @@ __all__ = ["TimmBackbone", "architectures", "derived_cfg", "entry_point", "regis
 
 _SMALL = 64  # pixels; enough for five halvings, when the model takes any size
 
-_FAMILIES = ("resnet", "convnext", "vision_transformer")
+_FAMILIES = ("resnet", "convnext", "vision_transformer", "deit")
 """Modules of models whose names are registered with the ``twnn_`` prefix."""
 
 

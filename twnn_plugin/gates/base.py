@@ -61,7 +61,7 @@ class LearnedGate(Gate):
         bias: float = -2.0,
         temperature: float = 1.0,
         budget: float | None = None,
-        momentum: float = 0.05,
+        momentum: float = 0.1,
     ):
         super().__init__()
         if budget is not None and not 0 < budget < 1:

@@ -87,6 +87,8 @@ class _Book:
         bound = threshold(size, self.control)
         if self.limit is None:
             self.limit = _GROWTH * (change + size)
+            if self.control.coupled:  # a row that starts at rest may be set moving by another
+                self.limit = self.limit.amax().expand_as(self.limit)
         going_on = (change > bound) & (change < self.limit)  # false for NaN
         stalled = None
         if k % _PATIENCE == 0:

@@ -77,6 +77,8 @@ class _Steering:
 
     def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:
         self.step += 1
+        if torch.is_grad_enabled():
+            x = x.clone()  # a view of a buffer that torchdeq goes on writing to
         z = x if self.rows is None else x[self.rows]
         if self.start is not None:
             z, self.start = self.start, None

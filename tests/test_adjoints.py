@@ -1,0 +1,159 @@
+"""Gradients: against dense linear algebra, finite differences and each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import twnn_plugin as tw
+from tests import problems
+from tests.methods import EXACT, NATIVE
+
+f64 = torch.float64
+
+
+def gradients(problem, cotangent, **options):
+    context = (problem.context[0].clone().requires_grad_(), *problem.context[1:])
+    solution = tw.fix(problem.f, problem.z0, *context, **options)
+    grads = torch.autograd.grad((solution.value * cotangent).sum(), [*problem.parameters, context[0]])
+    return solution, list(grads[:-1]), grads[-1]
+
+
+def cotangent_of(problem):
+    return torch.randn(problem.z0.shape, generator=torch.Generator().manual_seed(7), dtype=f64)
+
+
+@pytest.mark.parametrize("adjoint", [*EXACT, "unrolled"])
+@pytest.mark.parametrize("solver", NATIVE)
+@pytest.mark.parametrize("make", problems.ALL)
+def test_gradients_agree_with_a_dense_reference(make, solver, adjoint):
+    problem = make()
+    cotangent = cotangent_of(problem)
+    _, parameters, x = problems.reference(problem, cotangent)
+    solution, mine, mine_x = gradients(problem, cotangent, solver=solver, adjoint=adjoint, tol=1e-12, max_iter=2000)
+    assert bool(solution.converged.all())
+    for a, b in zip([*mine, mine_x], [*parameters, x], strict=True):
+        assert problems.relative(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("adjoint", [*EXACT, "unrolled"])
+def test_gradcheck(adjoint):
+    problem = problems.vector(batch=3, size=4, norm=0.6)
+    (w,), (x,) = problem.parameters, problem.context
+
+    def solve(w, x):
+        return tw.fix(
+            lambda z, x: torch.tanh(z @ w + x), problem.z0, x, adjoint=adjoint, tol=1e-13, max_iter=500
+        ).value
+
+    assert torch.autograd.gradcheck(solve, (w.detach().requires_grad_(), x.clone().requires_grad_()))
+
+
+def test_backward_solve_is_reported_row_by_row_and_rows_leave():
+    problem = problems.mixed(batch=20)
+    solution, _, _ = gradients(problem, cotangent_of(problem), tol=1e-10, max_iter=500)
+    report = solution.adjoint
+    assert report is not None and report.exact and report.name == "implicit"
+    assert bool((report.status == int(tw.Status.converged)).all())
+    assert int(report.steps[0]) < int(report.steps[-1])
+    assert int(report.steps.sum()) <= report.evaluations < 20 * int(report.steps.max())
+    assert bool((report.residual <= 1e-10).all())
+
+
+def test_tolerance_is_relative_to_the_incoming_gradient():
+    problem = problems.vector(norm=0.9)
+    cotangent = cotangent_of(problem)
+    _, one, _ = gradients(problem, cotangent, tol=1e-8, max_iter=500)
+    _, small, _ = gradients(problem, 1e-12 * cotangent, tol=1e-8, max_iter=500)
+    assert problems.relative(1e12 * small[0], one[0]) < 1e-9
+
+
+def test_one_step_is_the_first_term_of_the_series():
+    problem = problems.vector()
+    cotangent = cotangent_of(problem)
+    z, _, _ = problems.reference(problem, cotangent)
+    x = problem.context[0].clone().requires_grad_()
+    expected = torch.autograd.grad(problem.f(z, x), x, cotangent)[0]
+    solution, _, mine = gradients(problem, cotangent, adjoint="one_step", tol=1e-12, max_iter=500)
+    assert torch.allclose(mine, expected, atol=1e-9)
+    assert solution.adjoint is not None and not solution.adjoint.exact
+
+
+def test_value_is_the_same_with_and_without_gradients():
+    problem = problems.mixed()
+    with torch.no_grad():
+        plain = tw.fix(problem.f, problem.z0, *problem.context, tol=1e-6, max_iter=200)
+    graded = tw.fix(problem.f, problem.z0, *problem.context, tol=1e-6, max_iter=200)
+    assert torch.equal(plain.value, graded.value)
+    assert graded.value.requires_grad and not plain.value.requires_grad
+
+
+def test_no_gradient_where_nothing_wants_one():
+    x = torch.ones(2, 3)
+    assert not tw.fix(lambda z, x: torch.tanh(0.5 * z + x), 0 * x, x).value.requires_grad
+
+
+def test_closed_over_tensors_that_are_not_leaves_get_gradients():
+    problem = problems.vector(norm=0.5)
+    (w,), (x,) = problem.parameters, problem.context
+    scale = torch.tensor(0.8, dtype=f64, requires_grad=True)
+    scaled = scale * w
+    solution = tw.fix(lambda z, x: torch.tanh(z @ scaled + x), problem.z0, x, tol=1e-12, max_iter=200)
+    (mine,) = torch.autograd.grad(solution.value.sum(), scale)
+
+    def value(s):
+        return tw.fix(lambda z, x: torch.tanh(z @ (s * w) + x), problem.z0, x, tol=1e-13, max_iter=200).value.sum()
+
+    with torch.no_grad():
+        expected = (value(scale + 1e-6) - value(scale - 1e-6)) / 2e-6
+    assert abs(float(mine - expected)) < 1e-6 * abs(float(expected)) + 1e-8
+
+
+def test_initial_state_gets_no_implicit_gradient():
+    z0 = torch.zeros(2, 3, requires_grad=True)
+    x = torch.ones(2, 3, requires_grad=True)
+    value = tw.fix(lambda z, x: torch.tanh(0.5 * z + x), z0, x, tol=1e-6).value
+    gradient = torch.autograd.grad(value.sum(), z0, allow_unused=True)[0]
+    assert gradient is None or not bool(gradient.any())
+
+
+def test_second_derivatives_are_refused_or_right():
+    problem = problems.vector(norm=0.5)
+    x = problem.context[0].clone().requires_grad_()
+    solution = tw.fix(problem.f, problem.z0, x, tol=1e-12, max_iter=200)
+    (first,) = torch.autograd.grad(solution.value.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
+        torch.autograd.grad(first.sum(), x)
+    unrolled = tw.fix(problem.f, problem.z0, x, tol=1e-12, max_iter=200, adjoint="unrolled")
+    (first,) = torch.autograd.grad(unrolled.value.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert bool(second.any())
+
+
+def test_backward_twice_with_retained_graph():
+    problem = problems.vector()
+    solution = tw.fix(problem.f, problem.z0, *problem.context, tol=1e-10, max_iter=200)
+    loss = solution.value.sum()
+    (one,) = torch.autograd.grad(loss, problem.parameters, retain_graph=True)
+    (two,) = torch.autograd.grad(loss, problem.parameters)
+    assert torch.equal(one, two)
+
+
+def test_a_failed_backward_row_falls_back_to_one_step_and_says_so():
+    # The forward map converges by Anderson although it expands; the adjoint by plain iteration cannot.
+    x = torch.ones(2, 3, dtype=f64, requires_grad=True)
+    adjoint = tw.adjoint("implicit", solver="picard", max_iter=200)
+    solution = tw.fix(lambda z, x: x - 1.5 * z, torch.zeros(2, 3, dtype=f64), x, adjoint=adjoint, tol=1e-10)
+    (gradient,) = torch.autograd.grad(solution.value.sum(), x)
+    assert solution.adjoint is not None
+    assert bool((solution.adjoint.status == int(tw.Status.diverged)).all())
+    assert torch.equal(gradient, torch.ones_like(x))
+
+
+def test_bad_adjoint_options():
+    with pytest.raises(tw.OptionError, match="tol"):
+        tw.adjoint("implicit", tol=0)
+    with pytest.raises(tw.OptionError, match="Did you mean 'solver'"):
+        tw.adjoint("implicit", solvr="picard")
+    with pytest.raises(tw.UnknownNameError, match="picard"):
+        tw.adjoint("implicit", solver="picrd")

@@ -1,0 +1,77 @@
+"""The built-ins, registered through the same hooks as anybody else's plugin."""
+
+from __future__ import annotations
+
+from .adjoints.implicit import Implicit
+from .adjoints.one_step import OneStep
+from .adjoints.unrolled import Unrolled
+from .backbones.timm_adapter import TimmBackbone
+from .blocks.fpi import FPI
+from .blocks.wormhole import Wormhole
+from .gates.constant import AlwaysGate, NeverGate
+from .gates.sigmoid import SigmoidGate
+from .gates.straight_through import StraightThroughGate
+from .hookspecs import Register, hookimpl
+from .policies.constant import AlwaysPolicy, NeverPolicy
+from .policies.gate import GatePolicy
+from .policies.random import RandomPolicy
+from .solvers import torchdeq_bridge
+from .solvers.anderson import Anderson
+from .solvers.picard import Picard
+
+__all__ = [
+    "twnn_register_adjoints",
+    "twnn_register_backbones",
+    "twnn_register_blocks",
+    "twnn_register_gates",
+    "twnn_register_policies",
+    "twnn_register_solvers",
+]
+
+
+@hookimpl
+def twnn_register_solvers(register: Register) -> None:
+    """Native solvers, and torchdeq's through the bridge."""
+    register("picard", Picard)
+    register("anderson", Anderson)
+    for name, factory in torchdeq_bridge.SOLVERS.items():
+        register(name, factory)
+
+
+@hookimpl
+def twnn_register_adjoints(register: Register) -> None:
+    """Exact at the fixed point, through the loop, and the one-step approximation."""
+    register("implicit", Implicit)
+    register("unrolled", Unrolled)
+    register("one_step", OneStep)
+
+
+@hookimpl
+def twnn_register_blocks(register: Register) -> None:
+    """Modules usable without timm."""
+    register("wormhole", Wormhole)
+    register("fpi", FPI)
+
+
+@hookimpl
+def twnn_register_gates(register: Register) -> None:
+    """Learned gates and constant ones."""
+    register("straight_through", StraightThroughGate)
+    register("sigmoid", SigmoidGate)
+    register("always", AlwaysGate)
+    register("never", NeverGate)
+
+
+@hookimpl
+def twnn_register_policies(register: Register) -> None:
+    """The gate's own decision and baselines for it."""
+    register("gate", GatePolicy)
+    register("always", AlwaysPolicy)
+    register("never", NeverPolicy)
+    register("random", RandomPolicy)
+
+
+@hookimpl
+def twnn_register_backbones(register: Register) -> None:
+    """Adapters of model libraries."""
+    register("timm", TimmBackbone)

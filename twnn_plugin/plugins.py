@@ -1,0 +1,270 @@
+"""Finding plugins and loading them: the built-ins, installed distributions, the user's own objects.
+
+Every plugin is checked on its own and loaded as a whole or not at all. An installed plugin that is
+broken costs a warning, never the import of the package.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import pluggy
+
+from . import adjoints, backbones, blocks, builtins, gates, hookspecs, policies, solvers
+from .errors import DuplicateNameError, PluginWarning, nearest
+from .hookspecs import PROJECT, Register
+from .registry import Registry
+
+__all__ = ["PluginHost", "failures", "load", "loaded", "register_plugin"]
+
+_DISABLE = "TWNN_DISABLE_PLUGINS"
+_HOOK_PREFIX = "twnn_register_"
+_log = logging.getLogger(__name__)
+
+
+class PluginHost:
+    """Loads plugins into registries and knows what became of each.
+
+    Args:
+        registries: for each kind ``K``, the registry that the hook ``twnn_register_K`` fills.
+        home: name and owner of the built-ins, whose names installed plugins may take over.
+    """
+
+    def __init__(self, registries: Mapping[str, Registry[Any]], home: str = PROJECT):
+        self.home = home
+        self._registries = {_HOOK_PREFIX + kind: registry for kind, registry in registries.items()}
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._loaded: dict[str, str] = {}
+        self._failures: dict[str, str] = {}
+
+    def loaded(self) -> dict[str, str]:
+        """Each loaded plugin's name and its owner, with the distribution's version if it has one."""
+        return dict(self._loaded)
+
+    def failures(self) -> dict[str, str]:
+        """Each skipped plugin's name and the reason."""
+        return dict(self._failures)
+
+    def add(self, plugin: object, name: str, owner: str, version: str = "", guard: bool = False) -> None:
+        """Load one plugin; if anything is wrong with it, raise and leave everything as it was.
+
+        Args:
+            plugin: module, class or other object with functions marked by ``hookimpl``.
+            name: what the plugin is called in messages; not yet in use.
+            owner: who owns the names it registers.
+            version: of the distribution it comes from.
+            guard: refuse ``replace=True`` for names owned by others than the built-ins, so that no
+                order of loading decides between two plugins.
+
+        Raises:
+            DuplicateNameError: the plugin, its name or a name it registers is there already.
+            pluggy.PluginValidationError: a hook is misspelled or has a wrong signature.
+            TypeError: the object implements no hook.
+        """
+        with self._all_or_nothing():
+            self._refuse_known(plugin, name)
+            self._manager.register(plugin, name)
+            self._check_hooks(plugin, name)
+            others = [other for _, other in self._manager.list_name_plugin() if other is not plugin]
+            for hook, registry in self._registries.items():
+                call = self._manager.subset_hook_caller(hook, others)
+                call(register=self._bind(registry, owner, guard))
+        self._loaded[name] = f"{owner} {version}".strip()
+        self._failures.pop(name, None)
+
+    def add_entry_points(self, found: Iterable[metadata.EntryPoint]) -> None:
+        """Load installed plugins; each broken one is skipped with a :class:`PluginWarning`."""
+        points = sorted(
+            {(point.name, *_distribution(point), point.value): point for point in found}.items(),
+            key=lambda item: item[0],
+        )
+        uses = Counter([self.home, *(name for (name, *_), _ in points)])
+        messages = []
+        for (name, owner, version, _), point in points:
+            label = name if uses[name] == 1 else f"{name} ({owner})"
+            try:
+                with self._all_or_nothing():
+                    self.add(point.load(), label, owner, version, guard=True)
+            except (Exception, SystemExit) as error:
+                _log.debug("plugin %r failed to load", label, exc_info=error)
+                reason = self._failures[label] = _explain(error, point)
+                messages.append(
+                    f"Plugin {label!r} of {f'{owner} {version}'.strip()!r} was skipped. {reason} "
+                    f"Fix or uninstall it, or set {_DISABLE}=1 to load the built-ins alone."
+                )
+        for message in messages:  # last, so that a filter that raises finds every plugin dealt with
+            warnings.warn(message, PluginWarning, stacklevel=2)
+
+    def _refuse_known(self, plugin: object, name: str) -> None:
+        try:
+            hash(plugin)
+        except TypeError:
+            raise TypeError(
+                f"Plugin {name!r} is a {type(plugin).__name__}, which cannot be hashed; give a module, "
+                "a class or an instance of a plain class."
+            ) from None
+        if self._manager.has_plugin(name):
+            raise DuplicateNameError(
+                f"A plugin {name!r} is already loaded (owner {self._loaded.get(name, name)!r}). "
+                "Give this one another name."
+            )
+        if self._manager.is_registered(plugin):
+            raise DuplicateNameError(
+                f"Plugin {name!r} is the same object as plugin {self._manager.get_name(plugin)!r}, which "
+                "is already loaded."
+            )
+
+    def _check_hooks(self, plugin: object, name: str) -> None:
+        known = list(self._registries)
+        for attribute in dir(plugin):
+            if attribute.startswith(_HOOK_PREFIX) and not self._is_marked(plugin, attribute):
+                raise pluggy.PluginValidationError(
+                    plugin,
+                    f"{attribute!r} of plugin {name!r} is not marked as a hook. "
+                    f"Decorate it with @{PROJECT}.hookimpl.",
+                )
+        callers = self._manager.get_hookcallers(plugin) or []
+        if not callers:
+            raise TypeError(
+                f"Plugin {name!r} ({type(plugin).__name__}) implements no hook: mark a function with "
+                f"@{PROJECT}.hookimpl. The hooks: {', '.join(known)}."
+            )
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            unknown = next(caller.name for caller in callers if not caller.has_spec())
+            raise pluggy.PluginValidationError(
+                plugin,
+                f"Plugin {name!r} implements an unknown hook {unknown!r}.{nearest(unknown, known)} "
+                f"The hooks: {', '.join(known)}.",
+            ) from error
+
+    def _is_marked(self, plugin: object, attribute: str) -> bool:
+        return self._manager.parse_hookimpl_opts(plugin, attribute) is not None
+
+    def _bind(self, registry: Registry[Any], owner: str, guard: bool) -> Register:
+        def register(name: str, factory: Any, replace: bool = False) -> object:
+            if guard and replace and name in registry.names():
+                holder = registry.owner(name)
+                if holder not in (self.home, owner):
+                    raise DuplicateNameError(
+                        f"{registry.kind.capitalize()} {name!r} of {owner!r} is already registered by "
+                        f"{holder!r}, and one plugin cannot replace another's. Choose another name."
+                    )
+            return registry.register(name, factory, replace, owner=owner)
+
+        return register
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        entries = {hook: registry.snapshot() for hook, registry in self._registries.items()}
+        names = {name for name, _ in self._manager.list_name_plugin()}
+        loaded = dict(self._loaded)
+        try:
+            yield
+        except BaseException:
+            for name, _ in self._manager.list_name_plugin():
+                if name not in names:
+                    self._manager.unregister(name=name)
+            for hook, registry in self._registries.items():
+                registry.restore(entries[hook])
+            self._loaded = loaded
+            raise
+
+
+def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
+    """Name and version of the distribution that declares an entry point, whatever its metadata lack."""
+    fallback = point.value.split(":")[0].split(".")[0].strip()
+    if point.dist is None:
+        return fallback, ""
+    try:
+        return point.dist.name or fallback, point.dist.version or ""
+    except Exception:  # what a damaged METADATA file raises differs between versions of Python
+        return fallback, ""
+
+
+def _explain(error: BaseException, point: metadata.EntryPoint) -> str:
+    """What went wrong, in one line."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:") + "."
+    package = point.value.split(":")[0].split(".")[0].strip()
+    for name, module in list(sys.modules.items()):
+        inside = name == package or name.startswith(package + ".")
+        if inside and getattr(getattr(module, "__spec__", None), "_initializing", False):
+            return f"{reason} {name!r} was still being imported: import {PROJECT} before it."
+    return reason
+
+
+def _disabled_by_environment() -> bool:
+    return os.environ.get(_DISABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+_host = PluginHost(
+    {
+        "solvers": solvers.registry,
+        "adjoints": adjoints.registry,
+        "blocks": blocks.registry,
+        "gates": gates.registry,
+        "policies": policies.registry,
+        "backbones": backbones.registry,
+    }
+)
+_looked_for_installed = False
+
+
+def load(disable_external: bool | None = None) -> None:
+    """Load the built-ins, then the installed plugins; what is loaded already is not loaded again.
+
+    Args:
+        disable_external: leave out the installed plugins. By default the environment variable
+            ``TWNN_DISABLE_PLUGINS`` decides (``1`` or ``true`` leaves them out).
+    """
+    global _looked_for_installed
+    if _host.home not in _host.loaded():
+        _host.add(builtins, _host.home, owner=_host.home)
+    if disable_external is None:
+        disable_external = _disabled_by_environment()
+    if not disable_external and not _looked_for_installed:
+        _looked_for_installed = True
+        _host.add_entry_points(metadata.entry_points(group=PROJECT))
+
+
+def register_plugin(plugin: object, name: str | None = None) -> str:
+    """Load a plugin made in this process.
+
+    Args:
+        plugin: module, class or other object with functions marked by ``tw.hookimpl``.
+        name: what to call it, and the owner of the names it registers; by default the object's
+            ``__name__`` or the name of its class.
+
+    Returns:
+        The plugin's name.
+
+    Raises:
+        DuplicateNameError: the plugin, its name or a name it registers is there already.
+        pluggy.PluginValidationError: a hook is misspelled or has a wrong signature.
+        TypeError: the object implements no hook.
+
+    Nothing stays behind of a plugin that fails.
+    """
+    chosen: str = name or getattr(plugin, "__name__", "") or type(plugin).__name__
+    _host.add(plugin, chosen, owner=chosen)
+    return chosen
+
+
+def loaded() -> dict[str, str]:
+    """Each loaded plugin's name and its owner, with the distribution's version if it has one."""
+    return _host.loaded()
+
+
+def failures() -> dict[str, str]:
+    """Each installed plugin that was skipped, and the reason."""
+    return _host.failures()
