@@ -45,6 +45,9 @@ class PluginHost:
         self._manager.add_hookspecs(hookspecs)
         self._loaded: dict[str, str] = {}
         self._failures: dict[str, str] = {}
+        self._waiting: list[tuple[str, metadata.EntryPoint]] = []
+        for registry in registries.values():
+            registry.before_lookup = self._load_waiting
 
     def loaded(self) -> dict[str, str]:
         """Each loaded plugin's name and its owner, with the distribution's version if it has one."""
@@ -82,21 +85,36 @@ class PluginHost:
         self._failures.pop(name, None)
 
     def add_entry_points(self, found: Iterable[metadata.EntryPoint]) -> None:
-        """Load installed plugins; each broken one is skipped with a :class:`PluginWarning`."""
+        """Load installed plugins; each broken one is skipped with a :class:`PluginWarning`.
+
+        A plugin whose own import is what imports this package is loaded at the first lookup of a
+        name after that import is done.
+        """
         points = sorted(
             {(point.name, *_distribution(point), point.value): point for point in found}.items(),
             key=lambda item: item[0],
         )
         uses = Counter([self.home, *(name for (name, *_), _ in points)])
+        self._waiting += [
+            (name if uses[name] == 1 else f"{name} ({owner})", point) for (name, owner, *_), point in points
+        ]
+        self._load_waiting()
+
+    def _load_waiting(self) -> None:
+        if not self._waiting:
+            return
+        ready = [(label, point) for label, point in self._waiting if not _half_imported(point)]
+        self._waiting = [item for item in self._waiting if item not in ready]
         messages = []
-        for (name, owner, version, _), point in points:
-            label = name if uses[name] == 1 else f"{name} ({owner})"
+        for label, point in ready:
+            owner, version = _distribution(point)
             try:
                 with self._all_or_nothing():
                     self.add(point.load(), label, owner, version, guard=True)
             except (Exception, SystemExit) as error:
                 _log.debug("plugin %r failed to load", label, exc_info=error)
-                reason = self._failures[label] = _explain(error, point)
+                reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:") + "."
+                self._failures[label] = reason
                 messages.append(
                     f"Plugin {label!r} of {f'{owner} {version}'.strip()!r} was skipped. {reason} "
                     f"Fix or uninstall it, or set {_DISABLE}=1 to load the built-ins alone."
@@ -192,15 +210,14 @@ def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
         return fallback, ""
 
 
-def _explain(error: BaseException, point: metadata.EntryPoint) -> str:
-    """What went wrong, in one line."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:") + "."
+def _half_imported(point: metadata.EntryPoint) -> bool:
+    """Whether a module of the plugin's package is being imported at this moment."""
     package = point.value.split(":")[0].split(".")[0].strip()
-    for name, module in list(sys.modules.items()):
-        inside = name == package or name.startswith(package + ".")
-        if inside and getattr(getattr(module, "__spec__", None), "_initializing", False):
-            return f"{reason} {name!r} was still being imported: import {PROJECT} before it."
-    return reason
+    return any(
+        getattr(getattr(module, "__spec__", None), "_initializing", False)
+        for name, module in list(sys.modules.items())
+        if name == package or name.startswith(package + ".")
+    )
 
 
 def _disabled_by_environment() -> bool:

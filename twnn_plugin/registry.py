@@ -61,10 +61,14 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, base: type[T]):
         self.kind = kind
         self.base = base
+        self.before_lookup: Callable[[], None] | None = None
+        """Called before every lookup: plugins that could not be loaded yet get their chance."""
         self._entries: dict[str, Entry] = {}
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
+        if self.before_lookup is not None:
+            self.before_lookup()
         return sorted(self._entries)
 
     def entries(self) -> list[Entry]:
@@ -73,6 +77,8 @@ class Registry(Generic[T]):
 
     def entry(self, name: str) -> Entry:
         """The entry of ``name``; :class:`UnknownNameError` with the nearest name if there is none."""
+        if self.before_lookup is not None:
+            self.before_lookup()
         try:
             return self._entries[name]
         except (KeyError, TypeError):

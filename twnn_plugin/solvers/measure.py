@@ -47,5 +47,7 @@ def report_residual(change: Tensor, size: Tensor, control: Control) -> Tensor:
 
 def classify(change: Tensor, limit: Tensor | float) -> Tensor:
     """Statuses of rows that leave: converged within ``limit``, else diverged or non-finite."""
-    failed = torch.where(torch.isfinite(change), int(Status.diverged), int(Status.non_finite))
-    return torch.where(change <= limit, int(Status.converged), failed)
+    finite = torch.isfinite(change)
+    failed = torch.where(finite, int(Status.diverged), int(Status.non_finite))
+    # An overflowing row has an infinite limit, too: infinity is no convergence.
+    return torch.where((change <= limit) & finite, int(Status.converged), failed)

@@ -12,14 +12,12 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torchdeq.solver import get_solver, register_solver, solver_stat_from_final_step
 
 from ..errors import ConvergenceWarning, OptionError, nearest
@@ -27,8 +25,9 @@ from ..state import Layout
 from ..types import Iteration, State, Status
 from . import registry
 from .base import Control, Outcome, Problem, WholeSolver
-from .driver import _Book as Book
+from .book import Book
 from .driver import solve
+from .inplace import differentiable
 from .measure import EPS
 
 __all__ = [
@@ -49,7 +48,7 @@ OURS = "twnn."
 # torchdeq's solvers for us ------------------------------------------------------------------------
 
 
-class _Finished(Exception):  # noqa: N818 - it ends a loop, it reports no error
+class _Finished(Exception):
     """Leaves torchdeq's loop when no row is left to solve."""
 
 
@@ -62,6 +61,7 @@ class _Steering:
 
     def __init__(self, problem: Problem, z: Tensor, control: Control):
         self.problem = problem
+        self.plain: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.control = control
         self.book = Book(z, control)
         self.start: Tensor | None = z
@@ -82,7 +82,7 @@ class _Steering:
         z = x if self.rows is None else x[self.rows]
         if self.start is not None:
             z, self.start = self.start, None
-        with _plain_evaluation():
+        with self.plain():
             self.fz = fz = self.problem.evaluate(z)
         leaving = self.book.look(self.step, z, fz, fz - z, self.problem)
         if leaving is not None:
@@ -126,7 +126,8 @@ class _Torchdeq(WholeSolver):
     def solve(self, problem: Problem, z: Tensor, control: Control) -> Outcome:
         steering = _Steering(problem, z, control)
         options = {field.name: getattr(self, field.name) for field in fields(self)}
-        with contextlib.suppress(_Finished), _differentiable():
+        with contextlib.suppress(_Finished), differentiable() as plain:
+            steering.plain = plain
             try:
                 # tol=0: the steering function ends the loop, torchdeq's batch-wide test never does.
                 get_solver(self.key)(
@@ -239,76 +240,6 @@ SOLVERS: dict[str, Callable[..., WholeSolver]] = {
 """torchdeq's solvers by the names they have here."""
 
 
-# Differentiating through torchdeq's loops ---------------------------------------------------------
-
-
-class _Division(TorchFunctionMode):
-    """Divisions by zero give zero, and zero as derivative.
-
-    Broyden's update divides 0 by 0 for a row that stands still and overwrites the NaN; its derivative
-    would stay NaN.
-    """
-
-    suspended = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        divides = func in (Tensor.__truediv__, Tensor.div, torch.div)
-        if self.suspended or not divides or len(args) != 2 or not isinstance(args[1], Tensor) or kwargs:
-            return func(*args, **kwargs)
-        zero = args[1] == 0
-        return torch.where(zero, 0.0, args[0] / torch.where(zero, 1.0, args[1]))
-
-
-_division: list[_Division] = []
-
-
-@contextlib.contextmanager
-def _differentiable() -> Iterator[None]:
-    """Where gradients are recorded, keep torchdeq's buffers as they were when they were read.
-
-    Its histories are written in place after autograd has saved views of them; without the copies the
-    backward pass would raise.
-    """
-    if not torch.is_grad_enabled():
-        yield
-        return
-    mode = _Division()
-    _division.append(mode)
-    try:
-        with saved_tensors_hooks(torch.clone, lambda saved: saved), mode:
-            yield
-    finally:
-        _division.pop()
-
-
-@contextlib.contextmanager
-def _plain_evaluation() -> Iterator[None]:
-    """Inside :func:`_differentiable`: what ``f`` saves is not copied, and its divisions are its own."""
-    if not _division or not torch.is_grad_enabled():
-        yield
-        return
-    mode = _division[-1]
-    mode.suspended = True
-    try:
-        with saved_tensors_hooks(lambda saved: (saved, saved._version), _unchanged):
-            yield
-    finally:
-        mode.suspended = False
-
-
-def _unchanged(packed: tuple[Tensor, int]) -> Tensor:
-    saved, version = packed
-    if saved._version != version:  # autograd's own test, which hooks switch off
-        raise RuntimeError(
-            "A tensor that f needs for its gradient was modified in place after f had used it; step "
-            "optimisers and edit weights after the backward pass."
-        )
-    return saved
-
-
 # Our solvers for torchdeq -------------------------------------------------------------------------
 
 
@@ -371,7 +302,8 @@ class _Traced:
     def info(self, outcome: Outcome) -> dict[str, Tensor]:
         """torchdeq's statistics, with our statuses as ``"status"``."""
         fz = outcome.value if self.fz is None else self.fz
-        info = solver_stat_from_final_step(outcome.value, fz, nstep=outcome.steps)
+        info = solver_stat_from_final_step(outcome.value, fz)
+        info["nstep"] = outcome.steps.to(outcome.value.dtype)
         trace = self.trace or ([] if self.errors is None else [self.errors])
         if trace:
             absolute, relative = torch.stack(trace, dim=2)

@@ -1,0 +1,1 @@
+"""A solver and a policy from outside: `aitken` and `even_rows`."""

@@ -1,0 +1,1 @@
+"""Models, data and the ``twnn`` command built on :mod:`twnn_plugin`."""

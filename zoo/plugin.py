@@ -1,0 +1,20 @@
+"""The zoo's models in timm's registry; light, since ``import twnn_plugin`` imports it."""
+
+from __future__ import annotations
+
+from twnn_plugin import register_wormhole_models
+
+__all__ = ["register_models"]
+
+BACKBONES = ("cnn3", "resnet8_cifar", "resnet20_cifar", "resnet38_cifar")
+"""The zoo's models that also come with wormholes, as ``twnn_<name>``."""
+
+
+def register_models() -> list[str]:
+    """Register the zoo's models with timm; their names. For once, at import."""
+    from . import models
+
+    return [*models.NAMES, *register_wormhole_models(BACKBONES)]
+
+
+register_models()
