@@ -85,8 +85,9 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
             assert float((together[row] - alone).norm() / alone.norm()) < 1e-5
 
 
-def test_a_nan_sample_changes_no_other_output_nor_weight_gradient():
-    _, twnn = pair("convnext_atto", "auto", policy="always", scale=0.05)
+@pytest.mark.parametrize("policy", ["always", "gate"])
+def test_a_nan_sample_changes_no_other_output_nor_weight_gradient(policy):
+    _, twnn = pair("convnext_atto", "auto", policy=policy, scale=0.05)
     x = images(64, batch=4)
     good = torch.tensor([True, True, False, True])
 
@@ -104,12 +105,10 @@ def test_a_nan_sample_changes_no_other_output_nor_weight_gradient():
     x[2] = float("nan")
     broken, gradients = run(x)
     (record,) = tw.report(twnn)
-    assert record.status[2] == tw.Status.non_finite
+    assert policy == "gate" or record.status[2] == tw.Status.non_finite
     assert torch.allclose(clean[good], broken[good], rtol=1e-5, atol=1e-6)
     for key, value in gradients.items():
-        if "gate" not in key:
-            assert bool(torch.isfinite(value).all()), key
-            assert torch.allclose(value, expected[key], rtol=1e-3, atol=1e-5), key
+        assert torch.allclose(value, expected[key], rtol=1e-3, atol=1e-5), key
 
 
 def test_implicit_gradient_of_a_span_is_that_of_the_unrolled_one():

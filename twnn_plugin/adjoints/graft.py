@@ -123,6 +123,8 @@ def graft(
     if not torch.is_grad_enabled() or outcome.value.numel() == 0:
         return outcome
     broken = outcome.status == int(Status.non_finite)
+    if call.settled is not None:  # rows that nobody solved for, and so nobody looked at
+        broken = broken | ~torch.isfinite(outcome.value).all(dim=1)
     rows = torch.nonzero(~broken).flatten() if bool(broken.any()) else None
     if rows is not None and rows.numel() == 0:
         return outcome

@@ -115,6 +115,8 @@ class Feedback(nn.Module):
     def _choose(self, out: Tensor) -> _Choice:
         # The gate reads the activations but does not shape them: its gradient stays its own.
         features = pool(out.detach(), self.out_layout).to(torch.promote_types(out.dtype, torch.float32))
+        # A broken sample must not reach the gate's weights: zero times NaN is NaN.
+        features = torch.where(torch.isfinite(features).all(dim=1, keepdim=True), features, 0.0)
         with torch.autocast(out.device.type, enabled=False):
             opinion = self.gate(features)
         view = PolicyView(self.span, features, opinion.probability.detach(), opinion.open)
@@ -197,6 +199,7 @@ class Feedback(nn.Module):
         self.last = SpanRecord(
             self.span,
             choice.amount.detach(),
+            choice.probability.detach(),
             status,
             steps,
             residual,

@@ -19,6 +19,7 @@ class SpanRecord:
     Attributes:
         span: its name, such as ``"layer4->layer3"``.
         gate: (B,) the factor on the message that was in force; 0 is closed.
+        probability: (B,) what the gate thought, before threshold and policy.
         status: (B,) integers of :class:`~twnn_plugin.types.Status`; closed rows are converged.
         steps: (B,) replays of the span spent on the row by the solver; 0 for closed rows.
         residual: (B,) last measured residual; 0 for closed rows.
@@ -30,6 +31,7 @@ class SpanRecord:
 
     span: str
     gate: Tensor
+    probability: Tensor
     status: Tensor
     steps: Tensor
     residual: Tensor

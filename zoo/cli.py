@@ -1,0 +1,224 @@
+"""The command ``twnn``: ``demo``, ``list``, ``train``, ``eval``.
+
+torch, timm and the rest are imported inside the commands: ``twnn --help`` answers at once, and a
+misspelled option is refused before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .config import TrainConfig
+from .errors import ConfigError, ZooError
+from .options import config_options, expand_model_kwargs, explicit_values, parse_model_kwargs
+
+__all__ = ["main"]
+
+LIST_KINDS = ("models", "solvers", "adjoints", "blocks", "gates", "policies")
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether ``error`` tells a user about a mistake of theirs; everything else keeps its traceback."""
+    if isinstance(error, ZooError):
+        return True
+    # Looked up, not imported: if the package was never loaded, the error cannot be one of its own.
+    ours = sys.modules.get("twnn_plugin.errors")
+    if ours is None:
+        return False
+    return isinstance(error, (ours.UnknownNameError, ours.OptionError, ours.AttachError, ours.MapError))
+
+
+class OneLine(click.Group):
+    """A group that reports bad input as one line on stderr, with exit code 2."""
+
+    def main(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Sequence[str] | None = None, prog_name: str | None = "twnn", **extra: Any
+    ) -> Any:
+        """Run the command and exit; with ``standalone_mode=False`` errors are raised instead."""
+        if not extra.pop("standalone_mode", True):
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            sys.exit(super().main(args, prog_name, standalone_mode=False, **extra) or 0)
+        except click.ClickException as error:
+            place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "twnn"
+            _fail(f"{error.format_message()} See '{place} --help'.")
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("Interrupted. What was saved goes on with --resume auto.", err=True)
+            sys.exit(130)
+        except BrokenPipeError:  # the reader of our output has gone, as in 'twnn list | head'
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if not _is_users(error):
+                raise
+            _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    click.echo("Error: " + " ".join(message.split()), err=True)
+    sys.exit(2)
+
+
+class WithModelKwargs(click.Command):
+    """A command whose ``--model-kwargs`` takes several NAME=VALUE, as timm's script does."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the option for each value, which is what click can read."""
+        return super().parse_args(ctx, expand_model_kwargs(args))
+
+
+@click.group(
+    "twnn",
+    cls=OneLine,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(package_name="twnn-plugin")
+def main() -> None:
+    """Wormhole networks: train them, evaluate them, swap their solvers by name."""
+
+
+@main.command()
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default="twnn-demo", show_default=True
+)
+@click.option("--quick", is_flag=True, help="A much shorter run, to see that everything works.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def demo(out: Path, quick: bool, seed: int) -> None:
+    """Train small networks on real digits and compare them under every solver.
+
+    Writes report.md, metrics.json and plots into the folder --out.
+    """
+    from .demo import run
+
+    run(out, seed, quick, _console())
+
+
+@main.command("list")
+@click.argument("kind", type=click.Choice(LIST_KINDS), required=False)
+def list_names(kind: str | None) -> None:
+    """Show what can be used by name: KIND, or all kinds, each with its owner and one line."""
+    from .listing import rows
+
+    for one in (kind,) if kind else LIST_KINDS:
+        _print_table(one.capitalize(), ("name", "owner", "what it is"), rows(one))
+
+
+@main.command(cls=WithModelKwargs)
+@config_options
+@click.pass_context
+def train(ctx: click.Context, **options: Any) -> None:
+    """Train any timm model, ours included.
+
+    The run's folder (--output, by default output/MODEL-DATASET) gets args.json, metrics.jsonl,
+    TensorBoard events, last.pth.tar and best.pth.tar. With --resume, settings that are not given are
+    those of the checkpoint. Several GPUs: torchrun --nproc-per-node N -m zoo.cli train ...
+    """
+    from .train import train as run
+
+    config = _train_config(ctx, options)
+    result = run(config, console=_console())
+    if int(os.environ.get("RANK", "0")) == 0:
+        click.echo(
+            f"Trained {config.model} on {config.dataset}: {result.updates} updates in "
+            f"{result.seconds:.1f} s, best validation accuracy {100 * result.best_metric:.2f} % "
+            f"in epoch {result.best_epoch + 1}. Next: twnn eval --checkpoint {result.best_checkpoint}"
+        )
+
+
+def _train_config(ctx: click.Context, options: dict[str, Any]) -> TrainConfig:
+    """Settings from the command line, on top of those of the checkpoint when there is one to resume."""
+    from .checkpoint import load_checkpoint
+    from .train import resume_path
+
+    options["model_kwargs"] = parse_model_kwargs(options["model_kwargs"])
+    given = explicit_values(ctx, options)
+    by_path = options["resume"] not in (None, "auto")
+    if options["output"] is None and not by_path:
+        options["output"] = str(Path("output") / _run_name(options["model"], options["dataset"]))
+    config = TrainConfig.from_dict(options)
+    path = resume_path(config)
+    if path is None:
+        return config
+    saved = TrainConfig.from_dict(load_checkpoint(path)["config"])
+    return replace(saved, output=config.output, **{k: v for k, v in given.items() if k != "output"})
+
+
+def _run_name(model: str, dataset: str) -> str:
+    """A folder name without separators."""
+    return re.sub(r"[^\w.]+", "_", model) + "-" + re.sub(r"[^\w.]+", "_", dataset)
+
+
+@main.command("eval", cls=WithModelKwargs)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights and the settings of their run.")
+@click.option("--use-ema/--no-use-ema", default=True, show_default=True, help="Prefer the moving average.")
+@click.option("--model", help="Model (default: the checkpoint's).")
+@click.option("--model-kwargs", multiple=True, metavar="NAME=VALUE...", help="Options of the model.")
+@click.option("--pretrained", is_flag=True, help="Published weights of the model.")
+@click.option("--dataset", help="Data set (default: the checkpoint's, else digits).")
+@click.option("--data-dir", help="Folder where the data set is.")
+@click.option("--dataset-download", is_flag=True, help="Fetch the data set if it is not there.")
+@click.option("--split", type=click.Choice(("train", "val", "test")), default="test", show_default=True)
+@click.option("--img-size", type=click.IntRange(min=1), help="Height and width of the images, in pixels.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one).")
+@click.option("--amp", is_flag=True, help="Mixed precision.")
+@click.option("--solver", help="Solve wormholes by this solver ('twnn list solvers').")
+@click.option("--adjoint", help="Differentiate wormholes this way ('twnn list adjoints').")
+@click.option("--tol", type=float, help="Tolerance of the solve.")
+@click.option("--max-iter", type=int, help="Iterations a solve may take.")
+@click.option("--stop", type=click.Choice(("rel", "abs")), help="Relative or absolute residual.")
+@click.option("--norm", type=click.Choice(("l2", "max")), help="Norm of the residual.")
+@click.option("--latency/--no-latency", default=True, show_default=True, help="Time forward passes.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write figures here."
+)
+def evaluate(**options: Any) -> None:
+    """Accuracy, calibration, solver steps, open gates and latency of a model."""
+    from .evalrun import evaluate_from_options
+
+    json_file: Path | None = options.pop("json_file")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"The folder of --json {json_file} does not exist; make it first.")
+    options["model_kwargs"] = parse_model_kwargs(options["model_kwargs"])
+    title, figures = evaluate_from_options(options, _console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    from .evalrun import figure_rows
+
+    _print_table(title, ("figure", "value"), figure_rows(figures))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal; elsewhere wide enough that no name is cut, whatever reads it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(head):
+        table.add_column(name, no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, markup=False)
+
+
+if __name__ == "__main__":
+    main()

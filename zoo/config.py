@@ -1,0 +1,165 @@
+"""The settings of a training run: one table for Python and for the command line.
+
+Each field carries its help text; ``twnn train`` makes its options from them, under the names of timm's
+training script. No import of torch here, so that ``twnn train --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import CheckpointError, ConfigError
+
+__all__ = ["FREE_FIELDS", "SCHEDULES", "TrainConfig", "check_same_run"]
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant", "none")
+CLIP_MODES = ("norm", "value", "agc")
+AMP_DTYPES = ("float16", "bfloat16")
+CROP_MODES = ("rrc", "rkrc", "rkrr")
+
+_NOT_NEGATIVE = (
+    *("seed", "workers", "warmup_epochs", "checkpoint_interval", "log_interval"),
+    *("weight_decay", "min_lr", "warmup_lr", "mixup", "cutmix", "color_jitter", "momentum"),
+)
+
+FREE_FIELDS = frozenset(
+    ("data_dir", "dataset_download", "device", "workers", "output", "resume", "checkpoint_interval")
+)
+"""What may differ between a run and its continuation, since the result does not depend on it."""
+
+
+def _opt(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run; a mistake in them raises :class:`~zoo.errors.ConfigError`.
+
+    The defaults suit small images and small networks: no augmentation, a schedule that moves with
+    every update. Times are counted in epochs unless the name says otherwise.
+    """
+
+    model: str = _opt("twnn_resnet8_cifar", "Any model that timm.create_model knows, ours included.")
+    model_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Options of the model, NAME=VALUE, as many as wanted."}
+    )
+    pretrained: bool = _opt(False, "Start from the model's published weights.")
+    initial_checkpoint: str | None = _opt(None, "Start from the weights in this file (not a resume).")
+    dataset: str = _opt("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, folder, or a path.")
+    data_dir: str | None = _opt(None, "Folder where the data set is (default: $TWNN_DATA_DIR or the cache).")
+    dataset_download: bool = _opt(False, "Fetch the data set if it is not there.")
+    img_size: int | None = _opt(None, "Height and width of the images, in pixels (default: the set's own).")
+    epochs: int = _opt(20, "Passes over the training set.")
+    batch_size: int = _opt(64, "Images per update and process.")
+    workers: int = _opt(0, "Processes that decode and augment images.")
+    seed: int = _opt(42, "Seed of weights, order, augmentation and dropout.")
+    opt: str = _opt("adamw", "Optimizer, by timm's name.")
+    opt_eps: float | None = _opt(None, "Epsilon of the optimizer (default: its own).")
+    lr: float = _opt(1e-3, "Learning rate.")
+    weight_decay: float = _opt(0.01, "Weight decay; norms and biases are left out.")
+    momentum: float = _opt(0.9, "Momentum, for optimizers that have one.")
+    sched: str = _opt("cosine", "Learning rate schedule, by timm's name.", SCHEDULES)
+    sched_on_updates: bool = _opt(True, "Move the schedule with every update instead of every epoch.")
+    min_lr: float = _opt(0.0, "Where schedules that decay end.")
+    warmup_lr: float = _opt(1e-5, "Learning rate at the start of the warm-up.")
+    warmup_epochs: int = _opt(1, "Epochs of linear warm-up.")
+    decay_epochs: float = _opt(90.0, "Interval of the step schedule.")
+    decay_milestones: tuple[int, ...] = _opt((90, 180, 270), "Epochs at which multistep decays.")
+    decay_rate: float = _opt(0.1, "Factor (step, multistep) or power (poly) of the decay.")
+    clip_grad: float | None = _opt(None, "Clip gradients at this value (default: no clipping).")
+    clip_mode: str = _opt("norm", "How to clip.", CLIP_MODES)
+    smoothing: float = _opt(0.0, "Label smoothing.")
+    mixup: float = _opt(0.0, "Mixup alpha; 0 is off.")
+    cutmix: float = _opt(0.0, "Cutmix alpha; 0 is off.")
+    mixup_prob: float = _opt(1.0, "Share of batches that are mixed.")
+    hflip: float = _opt(0.0, "Probability of a horizontal flip.")
+    vflip: float = _opt(0.0, "Probability of a vertical flip.")
+    color_jitter: float = _opt(0.0, "Strength of colour jitter; 0 is off.")
+    aa: str | None = _opt(None, "AutoAugment policy, such as rand-m9-mstd0.5.")
+    reprob: float = _opt(0.0, "Probability of random erasing.")
+    train_crop_mode: str | None = _opt(None, "Random crop, by timm's name (default: none).", CROP_MODES)
+    model_ema: bool = _opt(False, "Keep a moving average of the weights, and select on it.")
+    model_ema_decay: float = _opt(0.999, "Decay of the moving average, per update.")
+    model_ema_warmup: bool = _opt(False, "Let the decay grow at the start.")
+    amp: bool = _opt(False, "Mixed precision.")
+    amp_dtype: str = _opt("float16", "Its type; on a CPU always bfloat16.", AMP_DTYPES)
+    device: str | None = _opt(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one).")
+    deterministic: bool = _opt(True, "Kernels that give the same bits every time (on a GPU slower).")
+    output: str | None = _opt(None, "Folder of the run; without one nothing is written.")
+    resume: str | None = _opt(None, "A checkpoint or a run's folder; auto: --output's own, if there is one.")
+    checkpoint_interval: int = _opt(0, "Updates between checkpoints; 0: one at the end of each epoch.")
+    log_interval: int = _opt(50, "Updates between lines in metrics.jsonl; 0: one line per epoch.")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in _NOT_NEGATIVE:
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("lr", "decay_rate", "decay_epochs"):
+            value = getattr(self, name)
+            self._require(name, value > 0 and math.isfinite(value), "a positive number")
+        for name in ("hflip", "vflip", "reprob", "mixup_prob", "model_ema_decay"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("smoothing", 0 <= self.smoothing < 1, "at least 0 and below 1")
+        self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "a positive number")
+        self._require("img_size", self.img_size is None or self.img_size >= 1, "at least 1 pixel")
+        for item in fields(self):
+            choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            if choices and value is not None:
+                self._require(item.name, value in choices, f"one of {', '.join(choices)}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ConfigError(f"Mixup pairs images of a batch, so batch_size={self.batch_size} must be even.")
+        if 1 < self.epochs <= self.warmup_epochs and self.sched != "none":
+            raise ConfigError(
+                f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; take fewer."
+            )
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name}={getattr(self, name)!r} is not possible: expected {expected}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as written to ``args.json`` and into checkpoints."""
+        plain = asdict(self)
+        plain["decay_milestones"] = list(self.decay_milestones)
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`as_dict`; a name that is no setting raises ``ConfigError``."""
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"Not a setting of a run: {', '.join(unknown)}.")
+        values = dict(values)
+        if "decay_milestones" in values:
+            values["decay_milestones"] = tuple(values["decay_milestones"])
+        return cls(**values)
+
+
+def check_same_run(saved: Mapping[str, Any], config: TrainConfig, path: object) -> None:
+    """Refuse to continue a run under settings that would change its result.
+
+    Args:
+        saved: the settings inside the checkpoint.
+        config: the settings asked for now.
+        path: named in the message.
+
+    Raises:
+        CheckpointError: some setting outside :data:`FREE_FIELDS` differs.
+    """
+    now = config.as_dict()
+    differing = [
+        f"{name} was {saved.get(name)!r} and is now {now[name]!r}"
+        for name in now
+        if name not in FREE_FIELDS and saved.get(name) != now[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path} belongs to a run with other settings: {'; '.join(differing)}. Repeat the settings of "
+            "that run, or begin a new one in another folder (initial_checkpoint takes over the weights)."
+        )

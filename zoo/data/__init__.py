@@ -1,0 +1,23 @@
+"""Data sets: ``load_data`` gives train, validation and test parts, ``Batches`` iterates them."""
+
+from .batches import Batches, make_transform
+from .sources import DEBIAN_FASHION_MNIST, default_data_dir, load_data
+from .specs import SPECS, DataSpec, dataset_names, parse_dataset
+from .splits import ArraySplit, DataSplits, ImageSplit, Split, hold_out
+
+__all__ = [
+    "DEBIAN_FASHION_MNIST",
+    "SPECS",
+    "ArraySplit",
+    "Batches",
+    "DataSpec",
+    "DataSplits",
+    "ImageSplit",
+    "Split",
+    "dataset_names",
+    "default_data_dir",
+    "hold_out",
+    "load_data",
+    "make_transform",
+    "parse_dataset",
+]

@@ -1,0 +1,106 @@
+"""Command-line options made from :class:`~zoo.config.TrainConfig`, and NAME=VALUE arguments."""
+
+from __future__ import annotations
+
+import ast
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import click
+from click.core import ParameterSource
+
+from .config import TrainConfig
+from .errors import ConfigError
+
+__all__ = ["config_options", "expand_model_kwargs", "explicit_values", "parse_model_kwargs"]
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate ``command`` with one option a field of :class:`~zoo.config.TrainConfig`."""
+    hints = get_type_hints(TrainConfig)
+    for item in reversed(fields(TrainConfig)):  # decorators apply from the last to the first
+        command = _option(item, hints[item.name])(command)
+    return command
+
+
+def _option(item: Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    flag = "--" + item.name.replace("_", "-")
+    help = item.metadata["help"]
+    default = None if item.default is MISSING else item.default
+    kind = _plain_type(hint)
+    if item.name == "model_kwargs":
+        return click.option(flag, multiple=True, metavar="NAME=VALUE...", help=help)
+    if kind is bool:
+        name = f"{flag}/--no-{flag[2:]}"
+        return click.option(name, default=default, show_default=True, help=help)
+    choices = item.metadata.get("choices")
+    parameter_type = click.Choice(choices) if choices else Integers() if get_origin(kind) is tuple else kind
+    shown = default is not None
+    return click.option(flag, type=parameter_type, default=default, show_default=shown, help=help)
+
+
+def _plain_type(hint: Any) -> Any:
+    """``int`` for ``int | None``; other hints as they are."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(arg for arg in get_args(hint) if arg is not type(None))
+    return hint
+
+
+class Integers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers with commas between: ``90,180``."""
+
+    name = "integers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """The numbers; a usage error if some part is none."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.replace(",", " ").split())
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 90,180.", param, ctx)
+
+
+def explicit_values(ctx: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that the user typed, without the defaults."""
+    typed = ParameterSource.COMMANDLINE
+    return {name: value for name, value in options.items() if ctx.get_parameter_source(name) is typed}
+
+
+def expand_model_kwargs(args: Iterable[str]) -> list[str]:
+    """``--model-kwargs a=1 b=2`` as ``--model-kwargs a=1 --model-kwargs b=2``."""
+    expanded: list[str] = []
+    inside = False
+    for arg in args:
+        if arg.startswith("-"):
+            inside = arg == "--model-kwargs"
+            if not inside:
+                expanded.append(arg)
+        elif inside:
+            expanded += ["--model-kwargs", arg]
+        else:
+            expanded.append(arg)
+    return expanded
+
+
+def parse_model_kwargs(pairs: Iterable[str]) -> dict[str, Any]:
+    """NAME=VALUE strings as a dict; a value that reads as a Python literal becomes one.
+
+    Raises:
+        ConfigError: a string without ``=`` or without a name.
+    """
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, text = pair.partition("=")
+        if not found or not name.isidentifier():
+            raise ConfigError(f"--model-kwargs takes NAME=VALUE, such as img_size=32; got {pair!r}.")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        parsed[name] = value
+    return parsed

@@ -1,0 +1,89 @@
+"""What a run writes beside its checkpoints: ``args.json``, ``metrics.jsonl`` and TensorBoard events.
+
+``metrics.jsonl`` holds nothing that depends on the clock, so that a resumed run writes the same bytes
+as one never killed; timings go to TensorBoard and into the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+__all__ = ["METRICS", "RunLog", "prepare_folder"]
+
+METRICS = "metrics.jsonl"
+
+
+def prepare_folder(output: Path) -> None:
+    """Make the folder of a run; :class:`ConfigError` if that is impossible."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"Cannot make the output folder {output}: {error.strerror or error}.") from None
+
+
+class RunLog:
+    """Writer of a run's records; closed by leaving its ``with`` block.
+
+    Args:
+        output: the run's folder, which exists.
+        args: the settings, for ``args.json``.
+        lines: how many lines of an earlier ``metrics.jsonl`` to keep: those the checkpoint knew of.
+        updates: the update the run starts from; TensorBoard drops later points of a killed run.
+    """
+
+    def __init__(self, output: Path, args: Mapping[str, Any], lines: int = 0, updates: int = 0):
+        aside = output / ".args.json.tmp"
+        aside.write_text(json.dumps(dict(args), indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, output / "args.json")
+        self.lines = _truncate(output / METRICS, lines)
+        self._file = open(output / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._events = _event_writer(output, updates)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def write(self, record: Mapping[str, Any], **timings: float) -> None:
+        """One line of ``metrics.jsonl``; numbers go to TensorBoard too, ``timings`` only there."""
+        self._file.write(json.dumps(dict(record)) + "\n")
+        self._file.flush()
+        self.lines += 1
+        if self._events is not None:
+            for name, value in {**record, **timings}.items():
+                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    self._events.add_scalar(name, value, record["step"])
+
+    def sync(self) -> None:
+        """Bring the lines to the disk, before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
+
+def _truncate(path: Path, lines: int) -> int:
+    """Keep the first ``lines`` complete lines of ``path``; returns how many there are now."""
+    kept = []
+    if path.is_file():
+        kept = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")][:lines]
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_bytes(b"".join(kept))
+    os.replace(aside, path)
+    return len(kept)
+
+
+def _event_writer(output: Path, updates: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        warnings.warn("No TensorBoard event files: install tensorboard to get them.", stacklevel=3)
+        return None
+    return SummaryWriter(str(output), purge_step=updates)
