@@ -32,7 +32,9 @@ def _inputs(batch: int, size: int, seed: int) -> Tensor:
     return torch.randn(batch, size, generator=generator, dtype=torch.float64)
 
 
-def vector(batch: int = 6, size: int = 8, norm: float = 0.9, seed: int = 0, symmetric: bool = True) -> Problem:
+def vector(
+    batch: int = 6, size: int = 8, norm: float = 0.9, seed: int = 0, symmetric: bool = True
+) -> Problem:
     """tanh(z W + x): a contraction of the given norm."""
     w, x = _weights(size, norm, seed, symmetric), _inputs(batch, size, seed + 1)
     return Problem("vector", lambda z, x: torch.tanh(z @ w + x), torch.zeros_like(x), (x,), (w,))

@@ -30,7 +30,9 @@ def test_gradients_agree_with_a_dense_reference(make, solver, adjoint):
     problem = make()
     cotangent = cotangent_of(problem)
     _, parameters, x = problems.reference(problem, cotangent)
-    solution, mine, mine_x = gradients(problem, cotangent, solver=solver, adjoint=adjoint, tol=1e-12, max_iter=2000)
+    solution, mine, mine_x = gradients(
+        problem, cotangent, solver=solver, adjoint=adjoint, tol=1e-12, max_iter=2000
+    )
     assert bool(solution.converged.all())
     for a, b in zip([*mine, mine_x], [*parameters, x], strict=True):
         assert problems.relative(a, b) < 1e-6
@@ -102,7 +104,9 @@ def test_closed_over_tensors_that_are_not_leaves_get_gradients():
     (mine,) = torch.autograd.grad(solution.value.sum(), scale)
 
     def value(s):
-        return tw.fix(lambda z, x: torch.tanh(z @ (s * w) + x), problem.z0, x, tol=1e-13, max_iter=200).value.sum()
+        return tw.fix(
+            lambda z, x: torch.tanh(z @ (s * w) + x), problem.z0, x, tol=1e-13, max_iter=200
+        ).value.sum()
 
     with torch.no_grad():
         expected = (value(scale + 1e-6) - value(scale - 1e-6)) / 2e-6
@@ -122,7 +126,7 @@ def test_second_derivatives_are_refused_or_right():
     x = problem.context[0].clone().requires_grad_()
     solution = tw.fix(problem.f, problem.z0, x, tol=1e-12, max_iter=200)
     (first,) = torch.autograd.grad(solution.value.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         torch.autograd.grad(first.sum(), x)
     unrolled = tw.fix(problem.f, problem.z0, x, tol=1e-12, max_iter=200, adjoint="unrolled")
     (first,) = torch.autograd.grad(unrolled.value.sum(), x, create_graph=True)

@@ -51,7 +51,9 @@ def test_freshly_attached_is_the_plain_backbone(name, wormholes, size):
     expected = {key: p.grad for key, p in plain.named_parameters()}
     for key, parameter in twnn.named_parameters():
         if key in expected:
-            assert torch.allclose(parameter.grad, expected[key], rtol=1e-3, atol=1e-4 * float(b.detach().abs().max()))
+            assert torch.allclose(
+                parameter.grad, expected[key], rtol=1e-3, atol=1e-4 * float(b.detach().abs().max())
+            )
         else:  # gate and message learn from the first step on
             assert parameter.grad is not None and bool(parameter.grad.any()), key
     for key, value in plain.named_buffers():  # running statistics are counted once
@@ -200,7 +202,9 @@ def test_timm_manners():
         twnn.reset_classifier(7)
         assert twnn(x).shape == (3, 7)
     assert twnn.pretrained_cfg["architecture"] == "twnn_resnet18"
-    assert {"twnn_resnet18", "twnn_convnext_tiny", "twnn_vit_base_patch16_224"} <= set(timm.list_models("twnn_*"))
+    assert {"twnn_resnet18", "twnn_convnext_tiny", "twnn_vit_base_patch16_224"} <= set(
+        timm.list_models("twnn_*")
+    )
     grey = timm.create_model("twnn_resnet18", in_chans=1, num_classes=3)
     assert grey.eval()(torch.randn(2, 1, 64, 64)).shape == (2, 3)
 
@@ -214,7 +218,9 @@ def test_tags_resolve_to_the_backbones_weights():
 
 def test_attach_on_a_model_at_hand_and_swap_by_name():
     torch.manual_seed(0)
-    model = tw.attach(timm.create_model("resnet18", num_classes=5), wormholes="layer4->layer3", policy="always")
+    model = tw.attach(
+        timm.create_model("resnet18", num_classes=5), wormholes="layer4->layer3", policy="always"
+    )
     model.eval()
     x = images(64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -368,7 +374,9 @@ def test_a_failed_pass_leaves_no_trace():
     x = images(64)
     with torch.no_grad():
         expected = twnn(x)
-        handle = twnn.layer4[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+        handle = twnn.layer4[0].register_forward_pre_hook(
+            lambda *_: (_ for _ in ()).throw(RuntimeError("boom"))
+        )
         with pytest.raises(RuntimeError, match="boom"):
             twnn(x)
         handle.remove()

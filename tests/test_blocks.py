@@ -13,7 +13,9 @@ Wormhole = tw.blocks.get("wormhole")
 
 def conv_body(norm: type[nn.Module] = nn.BatchNorm2d):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, stride=2, padding=1), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+    )
 
 
 def images(batch: int = 5):
@@ -169,7 +171,9 @@ def test_a_policy_of_the_wrong_shape_is_named():
 def test_configure_changes_all_or_nothing():
     x = images()
     block = Wormhole(conv_body(), x)
-    tw.configure(block, solver=tw.solver("anderson", memory=2), tol=1e-2, threshold=-5.0, temperature=0.5, budget=0.3)
+    tw.configure(
+        block, solver=tw.solver("anderson", memory=2), tol=1e-2, threshold=-5.0, temperature=0.5, budget=0.3
+    )
     assert block.feedback.settings.tol == 1e-2 and float(block.feedback.gate.threshold) == -5
     assert block.feedback.gate.budget == 0.3 and block.feedback.gate.temperature == 0.5
     with pytest.raises(tw.OptionError):

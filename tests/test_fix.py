@@ -86,7 +86,9 @@ def test_a_row_does_not_depend_on_its_batch_mates(solver):
 
     def solve(rows):
         with torch.no_grad():
-            return tw.fix(f, torch.zeros(len(rows), 16), x[rows], rate[rows], solver=solver, tol=1e-5, max_iter=200)
+            return tw.fix(
+                f, torch.zeros(len(rows), 16), x[rows], rate[rows], solver=solver, tol=1e-5, max_iter=200
+            )
 
     together = solve(list(range(24)))
     for row in range(0, 24, 5):
@@ -142,7 +144,9 @@ def test_stagnation_at_the_rounding_floor():
     w = 0.98 * w / torch.linalg.matrix_norm(w, 2)
     x = torch.randn(4, 64, generator=generator)
     with pytest.warns(tw.ConvergenceWarning, match="rounding floor"):
-        solution = tw.fix(lambda z, x: torch.tanh(z @ w + x), 0 * x, x, solver="picard", tol=1e-12, max_iter=5000)
+        solution = tw.fix(
+            lambda z, x: torch.tanh(z @ w + x), 0 * x, x, solver="picard", tol=1e-12, max_iter=5000
+        )
     failed = solution.status != int(tw.Status.converged)
     assert bool((solution.status[failed] == int(tw.Status.stagnated)).all())
     assert int(solution.steps.max()) < 5000

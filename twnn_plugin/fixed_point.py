@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from . import adjoints, solvers
@@ -104,6 +103,12 @@ def run(
     """``fix`` for blocks: everything is resolved, nothing is warned about or raised.
 
     Args:
+        f: as in :func:`fix`.
+        z0: as in :func:`fix`.
+        context: as in :func:`fix`.
+        control: the stopping rule, from :func:`check_control`.
+        solver: an instance.
+        adjoint: an instance.
         settled: (B,) bool of rows that are at their fixed point in ``z0`` already; see
             :class:`~twnn_plugin.adjoints.equation.Call`.
     """
@@ -119,9 +124,7 @@ def run(
     reports: list[AdjointReport] = []
     outcome = adjoint.run(call, reports)
     value = layout.unpack(outcome.value)
-    return Solution(
-        value, outcome.status, outcome.steps, outcome.residual, call.evaluations, reports
-    )
+    return Solution(value, outcome.status, outcome.steps, outcome.residual, call.evaluations, reports)
 
 
 def check_control(tol: float, max_iter: int, stop: str, norm: str) -> Control:

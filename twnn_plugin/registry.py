@@ -116,7 +116,8 @@ class Registry(Generic[T]):
             raise TypeError(
                 f"The factory of {self.kind} {name!r} must be callable, not a {type(factory).__name__}."
             )
-        owner = owner or (getattr(factory, "__module__", None) or "user").split(".")[0]
+        module: str = getattr(factory, "__module__", None) or "user"
+        owner = owner or module.split(".")[0]
         taken = self._entries.get(name)
         if taken is not None and not replace:
             raise DuplicateNameError(

@@ -93,7 +93,9 @@ class Layout:
         """
         keys, kind, parts = _parts(state, "What f returns")
         if kind != self.kind or keys != self.keys or len(parts) != len(self.shapes):
-            raise MapError(f"f must return a state of the structure of z0, a {self.kind}; it returned a {kind}.")
+            raise MapError(
+                f"f must return a state of the structure of z0, a {self.kind}; it returned a {kind}."
+            )
         for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True):
             if part.shape != (rows, *shape):
                 raise MapError(

@@ -106,9 +106,7 @@ class Tape:
         return False
 
 
-def graft(
-    call: Call, outcome: Outcome, pull: Callable[[Tape, Tensor, Tensor | None], Tensor]
-) -> Outcome:
+def graft(call: Call, outcome: Outcome, pull: Callable[[Tape, Tensor, Tensor | None], Tensor]) -> Outcome:
     """Give the outcome's value a gradient by one evaluation of ``f`` with a graph.
 
     Rows with non-finite values stay out of that evaluation: through the weights they would make

@@ -46,7 +46,9 @@ class Implicit(Adjoint):
         if self.tol is not None and not self.tol > 0:
             raise OptionError(f"Option tol of adjoint 'implicit' must be positive; got {self.tol!r}.")
         if self.max_iter is not None and self.max_iter < 1:
-            raise OptionError(f"Option max_iter of adjoint 'implicit' must be at least 1; got {self.max_iter!r}.")
+            raise OptionError(
+                f"Option max_iter of adjoint 'implicit' must be at least 1; got {self.max_iter!r}."
+            )
         registry.resolve(self.solver if self.solver is not None else "anderson")
 
     def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
@@ -116,9 +118,9 @@ class _Linear:
         self.evaluations = 0
         self.can_leave = bool(call.context)
 
-    def evaluate(self, u: Tensor) -> Tensor:
+    def evaluate(self, z: Tensor) -> Tensor:
         self.evaluations += self.size
-        return self.tape.pull(u) + self.g
+        return self.tape.pull(z) + self.g
 
     def keep(self, rows: Tensor) -> None:
         self.rows, self.g, self.size = self.rows[rows], self.g[rows], rows.numel()

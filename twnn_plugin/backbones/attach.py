@@ -147,8 +147,8 @@ def find_backbone(model: nn.Module) -> Backbone:
         if adapter.claims(model):
             return adapter
     raise AttachError(
-        f"No backbone adapter knows {type(model).__name__}. Registered: {', '.join(registry.names())}. Register one "
-        "of your own (docs/plugins.md), or wrap a module directly with tw.blocks.get('wormhole')."
+        f"No backbone adapter knows {type(model).__name__}. There are: {', '.join(registry.names())}. "
+        "Register one of your own (docs/plugins.md), or wrap a module directly with tw.blocks.get('wormhole')."
     )
 
 
@@ -188,6 +188,6 @@ def _refuse_overlap(specs: Sequence[SpanSpec], found: Sequence[Sequence[CallReco
             taken = owners.setdefault(id(call), spec)
             if taken is not spec:
                 raise AttachError(
-                    f"Wormholes {str(taken)!r} and {str(spec)!r} share {call.path!r}. Nested and overlapping spans "
-                    "are not supported; choose spans that follow each other."
+                    f"Wormholes {str(taken)!r} and {str(spec)!r} share {call.path!r}. Nested and overlapping "
+                    "spans are not supported; choose spans that follow each other."
                 )

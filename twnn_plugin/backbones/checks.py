@@ -44,13 +44,13 @@ def check_span(
     shifted = entry + 0.1 * entry.abs().mean()
     if not torch.equal(wiring.replay(shifted, seen, rows), _perturbed(model, example, calls, shifted)):
         raise AttachError(
-            f"Span {name!r} cannot be iterated: the model computes something between its modules that a replay "
-            "does not follow (it answered a changed input differently)."
+            f"Span {name!r} cannot be iterated: the model computes something between its modules that a "
+            "replay does not follow (it answered a changed input differently)."
         )
     if not _same(_poisoned(model, example, calls, out), result):
         raise AttachError(
-            f"Span {name!r} cannot be iterated: the model uses activations from inside it elsewhere, and they "
-            "would stay those of the open-loop pass."
+            f"Span {name!r} cannot be iterated: the model uses activations from inside it elsewhere, and "
+            "they would stay those of the open-loop pass."
         )
 
 

@@ -69,12 +69,16 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
         known = [part.span for part in parts]
         for name in wanted:
             if name not in known:
-                raise UnknownNameError(f"Unknown span {name!r}.{nearest(name, known)} Spans: {', '.join(known)}.")
+                raise UnknownNameError(
+                    f"Unknown span {name!r}.{nearest(name, known)} Spans: {', '.join(known)}."
+                )
         parts = [part for part in parts if part.span in wanted]
     known = [*SolveSettings.names(), "policy", *_GATE_OPTIONS]
     for name in options:
         if name not in known:
-            raise OptionError(f"configure has no option {name!r}.{nearest(name, known)} Its options: {', '.join(known)}.")
+            raise OptionError(
+                f"configure has no option {name!r}.{nearest(name, known)} Its options: {', '.join(known)}."
+            )
     gate_options = {name: options.pop(name) for name in _GATE_OPTIONS if name in options}
     policy = policies.registry.resolve(options.pop("policy")) if "policy" in options else None
     changed = [part.settings.changed(**options) for part in parts]
@@ -91,8 +95,8 @@ def _check_gates(parts: Sequence[Feedback], options: dict[str, Any]) -> None:
     for part in parts:
         if options and not isinstance(part.gate, LearnedGate):
             raise OptionError(
-                f"The gate of span {part.span!r}, {type(part.gate).__name__}, has no {', '.join(options)}: only "
-                "learned gates have."
+                f"The gate of span {part.span!r}, {type(part.gate).__name__}, has no {', '.join(options)}: "
+                "only learned gates have."
             )
     for name, value in options.items():
         if name == "budget" and value is None:
@@ -100,7 +104,9 @@ def _check_gates(parts: Sequence[Feedback], options: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise OptionError(f"{name} must be a number; got {value!r}.")
         if name == "budget" and not 0 < value < 1:
-            raise OptionError(f"budget is the wanted share of open samples, in (0, 1), or None; got {value!r}.")
+            raise OptionError(
+                f"budget is the wanted share of open samples, in (0, 1), or None; got {value!r}."
+            )
         if name == "temperature" and not value > 0:
             raise OptionError(f"temperature must be positive; got {value!r}.")
 

@@ -22,9 +22,7 @@ class SpanSpec:
         return f"{self.source}->{self.target}"
 
 
-def parse(
-    wormholes: str | Sequence[str], stages: Sequence[Stage], paths: Sequence[str]
-) -> list[SpanSpec]:
+def parse(wormholes: str | Sequence[str], stages: Sequence[Stage], paths: Sequence[str]) -> list[SpanSpec]:
     """The spans that a ``wormholes`` option names, checked.
 
     Args:
@@ -90,7 +88,9 @@ def _end(end: str, stages: Sequence[Stage], paths: Sequence[str]) -> str:
     if end.lstrip("-").isdigit():
         index = int(end)
         if not -len(names) <= index < len(names):
-            raise UnknownNameError(f"There is no stage {end}; this model has {len(names)}: {', '.join(names)}.")
+            raise UnknownNameError(
+                f"There is no stage {end}; this model has {len(names)}: {', '.join(names)}."
+            )
         return names[index]
     if any(_inside(end, path) for path in paths):
         return end

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
@@ -28,11 +29,13 @@ class TimmBackbone(Backbone):
         return hasattr(model, "feature_info") and hasattr(model, "pretrained_cfg")
 
     def stages(self, model: nn.Module) -> list[Stage]:
-        infos = getattr(model.feature_info, "info", model.feature_info)
-        return [Stage(info["module"], info.get("reduction")) for info in infos]  # type: ignore[union-attr]
+        known: Any = model.feature_info
+        infos = getattr(known, "info", known)
+        return [Stage(info["module"], info.get("reduction")) for info in infos]
 
     def example(self, model: nn.Module, batch: int) -> Tensor:
-        config = model.pretrained_cfg or {}  # type: ignore[union-attr]
+        declared: Any = model.pretrained_cfg
+        config: dict[str, Any] = declared or {}
         channels, height, width = config.get("input_size", (3, 224, 224))
         first = config.get("first_conv")
         first = first[0] if isinstance(first, (tuple, list)) else first

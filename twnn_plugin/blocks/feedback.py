@@ -131,7 +131,13 @@ class Feedback(nn.Module):
         return _Choice(opened, amount, opinion.probability)
 
     def _settle_opened(
-        self, entry: Tensor, out: Tensor, replay: Replay, constants: tuple[Tensor, ...], frozen: Frozen | None, choice: _Choice
+        self,
+        entry: Tensor,
+        out: Tensor,
+        replay: Replay,
+        constants: tuple[Tensor, ...],
+        frozen: Frozen | None,
+        choice: _Choice,
     ) -> Tensor:
         """Solve for the open rows alone and put the settled ones in place."""
         everyone = bool(choice.opened.all())
@@ -154,7 +160,13 @@ class Feedback(nn.Module):
         return out.index_copy(0, rows[settled], solution.value[settled])
 
     def _settle_all(
-        self, entry: Tensor, out: Tensor, replay: Replay, constants: tuple[Tensor, ...], frozen: Frozen | None, choice: _Choice
+        self,
+        entry: Tensor,
+        out: Tensor,
+        replay: Replay,
+        constants: tuple[Tensor, ...],
+        frozen: Frozen | None,
+        choice: _Choice,
     ) -> Tensor:
         """Solve with gradients for every row, closed ones included, so that each gate can learn.
 
@@ -169,7 +181,14 @@ class Feedback(nn.Module):
         lever = source - source.detach()  # zero, with the gate's gradient
 
         def f(
-            z: Tensor, entry: Tensor, opened: Tensor, weight: Tensor, silenced: Tensor, lever: Tensor, index: Tensor, *constants: Tensor
+            z: Tensor,
+            entry: Tensor,
+            opened: Tensor,
+            weight: Tensor,
+            silenced: Tensor,
+            lever: Tensor,
+            index: Tensor,
+            *constants: Tensor,
         ) -> Tensor:
             z = torch.where(_aligned(opened, z), z, z.detach())  # closed rows do not depend on z
             message = self.message(z, entry.shape)

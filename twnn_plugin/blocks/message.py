@@ -48,7 +48,9 @@ class Message(nn.Module):
     def __init__(self, source: str, target: str, in_channels: int, out_channels: int, scale: float = 0.1):
         super().__init__()
         if not torch.isfinite(torch.tensor(scale)) or scale == 0:
-            raise ValueError(f"A message's scale must be finite and not zero, or nothing is learnt; got {scale!r}.")
+            raise ValueError(
+                f"A message's scale must be finite and not zero, or nothing is learnt; got {scale!r}."
+            )
         self.source, self.target = source, target
         self.norm = nn.GroupNorm(1, in_channels)
         self.project = nn.Linear(in_channels, out_channels, bias=False)

@@ -134,7 +134,11 @@ class Frozen(TorchFunctionMode):
         self.checked = True
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
@@ -191,7 +195,12 @@ class Frozen(TorchFunctionMode):
         return (input * scale.view(shape) + shift.view(shape)).to(input.dtype)
 
     def _dropout(
-        self, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+        self,
+        func: Callable[..., Tensor],
+        input: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
     ) -> Tensor:
         if not training or p == 0:
             return func(input, p, training, inplace)

@@ -57,7 +57,9 @@ class Report(list[SpanRecord]):
         head = ("span", "rows", "open", "converged", "steps mean/max", "evaluations", "multiply-adds")
         rows = [head, *(self._row(record) for record in self)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
     @staticmethod

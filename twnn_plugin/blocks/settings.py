@@ -55,5 +55,7 @@ class SolveSettings:
         for name in options:
             if name not in self.names():
                 known = ", ".join(self.names())
-                raise OptionError(f"A span has no option {name!r}.{nearest(name, self.names())} Its options: {known}.")
+                raise OptionError(
+                    f"A span has no option {name!r}.{nearest(name, self.names())} Its options: {known}."
+                )
         return replace(self, **options)

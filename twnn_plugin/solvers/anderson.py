@@ -83,7 +83,10 @@ class Anderson(StepSolver):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The history with the newest difference in it; rows that are not ``sound`` lose theirs."""
         assert state.r is not None and state.fz is not None
-        q_old, p_old = state.q[-(self.memory - 1) or len(state.q) :], state.p[-(self.memory - 1) or len(state.p) :]
+        q_old, p_old = (
+            state.q[-(self.memory - 1) or len(state.q) :],
+            state.p[-(self.memory - 1) or len(state.p) :],
+        )
         dr, df = r - state.r, fz - state.fz
         length = torch.linalg.vector_norm(dr, dim=1)
         for q_j, p_j in zip(q_old, p_old, strict=True):

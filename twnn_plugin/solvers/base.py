@@ -71,7 +71,7 @@ class Outcome:
     residual: Tensor
 
 
-class Solver(ABC):
+class Solver(ABC):  # noqa: B024
     """A way to solve ``z = f(z)``; derive from :class:`StepSolver` or :class:`WholeSolver`."""
 
 

@@ -70,9 +70,7 @@ class Book:
         assert self.control.callback is not None
         pick = slice(None) if self.alive is None else self.alive
         residual = report_residual(self.change, self.size, self.control)[pick]
-        self.control.callback(
-            Iteration(k, self.rows[pick], residual, problem.evaluations, z.detach()[pick])
-        )
+        self.control.callback(Iteration(k, self.rows[pick], residual, problem.evaluations, z.detach()[pick]))
 
     def finish(self, leaving: Tensor, k: int, z: Tensor, fz: Tensor) -> None:
         """Write down the rows that leave."""
@@ -82,7 +80,9 @@ class Book:
         bound = self.bound[local] if isinstance(self.bound, Tensor) else self.bound
         code = classify(self.change[local], bound)
         if self.stalled is not None:
-            code = torch.where(self.stalled[local] & (code == int(Status.diverged)), int(Status.stagnated), code)
+            code = torch.where(
+                self.stalled[local] & (code == int(Status.diverged)), int(Status.stagnated), code
+            )
         self.status[rows] = code
         self.steps[rows] = k
         self.residual[rows] = report_residual(self.change, self.size, self.control)[local]

@@ -45,11 +45,11 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
             book.exhaust(fz)
             break
         z, state = solver.step(problem, z, fz, r, state)
-        if leaving is not None and problem.can_leave and not control.coupled:
-            if book.unfinished < problem.leave_share * problem.size:
-                keep = book.compact()
-                z, state = z[keep], _take(state, keep)
-                problem.keep(keep)
+        may_leave = leaving is not None and problem.can_leave and not control.coupled
+        if may_leave and book.unfinished < problem.leave_share * problem.size:
+            keep = book.compact()
+            z, state = z[keep], _take(state, keep)
+            problem.keep(keep)
     return book.outcome()
 
 

@@ -93,7 +93,13 @@ def _provenance(seed: int, quick: bool) -> dict[str, Any]:
         "seeds": [seed] if quick else list(range(seed, seed + SEEDS)),
         "quick": quick,
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} thread(s)",
-        "versions": ", ".join([f"twnn-plugin {__version__}", f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        "versions": ", ".join(
+            [
+                f"twnn-plugin {__version__}",
+                f"Python {platform.python_version()}",
+                *(f"{p} {version(p)}" for p in packages),
+            ]
+        ),
         "data": "scikit-learn's digits, 1,797 scans of 8x8 pixels",
     }
 

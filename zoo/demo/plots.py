@@ -43,7 +43,9 @@ def plot_traces(traces: dict[str, list[float]], tol: float, floor: float, path: 
             label=name,
         )
     axes.axhline(tol, color="black", linewidth=0.8, linestyle=":")
-    axes.text(0.995, tol, f"tolerance {tol:g} ", va="bottom", ha="right", transform=axes.get_yaxis_transform())
+    axes.text(
+        0.995, tol, f"tolerance {tol:g} ", va="bottom", ha="right", transform=axes.get_yaxis_transform()
+    )
     axes.set_ylim(bottom=floor)
     axes.set_xlabel("evaluation of the span")
     axes.set_ylabel("median relative residual, open test images")
@@ -75,16 +77,16 @@ def plot_images(found: Samples, path: Path, each: int = 10) -> None:
     order = torch.argsort(found.steps.double() + found.probability.double().clamp(0, 0.999))
     figure = Figure(figsize=(1.05 * each, 3.4))
     grid = figure.subplots(2, each)
-    for row, (title, indices) in enumerate(
-        (("easiest", order[:each]), ("hardest", order[-each:].flip(0)))
-    ):
+    for row, (title, indices) in enumerate((("easiest", order[:each]), ("hardest", order[-each:].flip(0)))):
         for column, index in enumerate(indices.tolist()):
             axes = grid[row][column]
             axes.imshow(found.images[index, 0], cmap="gray_r")
             axes.set_xticks([])
             axes.set_yticks([])
             wrong = "" if bool(found.correct[index]) else ", wrong"
-            axes.set_xlabel(f"{int(found.steps[index])} steps{wrong}", fontsize=8, color="#b00020" if wrong else "black")
+            axes.set_xlabel(
+                f"{int(found.steps[index])} steps{wrong}", fontsize=8, color="#b00020" if wrong else "black"
+            )
             axes.set_title(str(int(found.labels[index])), fontsize=9)
         grid[row][0].set_ylabel(title, fontsize=10)
     figure.suptitle("Test images the wormhole network found easiest and hardest (label above, steps below)")

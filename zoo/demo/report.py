@@ -34,7 +34,7 @@ def _spread(values: Sequence[float | None], show: Any) -> str:
 
 def contest_table(entries: Sequence[Mapping[str, Any]], ranges: bool = True) -> Table:
     """The three networks side by side: medians over the seeds, with ranges if wanted."""
-    head = ("network", "test accuracy", "parameters", "training", "steps", "open", "rows evaluated")
+    head = ("network", "accuracy", "parameters", "training", "steps", "open", "rows")
     rows = []
     for entry in entries:
         runs = entry["runs"]
@@ -60,7 +60,7 @@ def contest_table(entries: Sequence[Mapping[str, Any]], ranges: bool = True) -> 
 
 def solver_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The trained wormhole network under each solver."""
-    head = ("solver", "test accuracy", "steps", "converged", "rows evaluated", "time")
+    head = ("solver", "accuracy", "steps", "settled", "rows", "time")
     return head, [
         (
             row["solver"],
@@ -76,7 +76,7 @@ def solver_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def curve_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What moving the gate's threshold does."""
-    head = ("wanted share", "open", "test accuracy", "rows evaluated")
+    head = ("wanted share", "open", "accuracy", "rows")
     return head, [
         (
             _percent(row["wanted_share"], 0),
@@ -98,30 +98,34 @@ def markdown(table: Table) -> str:
 def render(figures: Mapping[str, Any]) -> str:
     """The whole report."""
     where, contest = figures["provenance"], figures["contest"]
-    quick = "\n**A quick run: two epochs, to see that everything works. Not results.**\n" if where["quick"] else ""
+    quick = (
+        "\n**A quick run: two epochs, to see that everything works. Not results.**\n"
+        if where["quick"]
+        else ""
+    )
     first = contest[0]["runs"][0]
     samples, settled = first["test"]["samples"], figures["steps"]
     seeds = ", ".join(map(str, where["seeds"]))
     return f"""# Wormholes on real digits
 {quick}
 `{where["command"]}`, {where["date"]}; {where["hardware"]}; {where["versions"]}.
-Data: {where["data"]}. All networks: the same {first["updates"]} updates, batches, optimiser and schedule; final
-weights; seeds {seeds}; tested on {samples} images. One image is {100 / samples:.2f} points: differences under
-about a point mean nothing.
+Data: {where["data"]}. All networks: the same {first["updates"]} updates, batches, optimiser and
+schedule; final weights; seeds {seeds}; tested on {samples} images. One image is
+{100 / samples:.2f} points: differences under about a point mean nothing.
 
 ## Three networks
 
 {markdown(contest_table(contest))}
 
-Median and range over the seeds. Steps: evaluations until settled, mean over the images that were iterated. Rows evaluated: evaluations of the
-span (of the cell, for the DEQ) over the whole test set. The DEQ iterates every image; torchdeq evaluates the
-whole batch until its last image is done. The wormhole's budget was {_percent(figures["budget"], 0)} of the
-images.
+Median and range over the seeds. Accuracy: on the test set. Steps: evaluations until settled, mean over
+the images that were iterated. Rows: evaluations of the span (of the cell, for the DEQ) over the whole
+test set. The DEQ iterates every image; torchdeq evaluates the whole batch until its last image is done.
+The wormhole's budget was {_percent(figures["budget"], 0)} of the images.
 
 ## Easy inputs are done at once, hard ones take longer
 
-The wormhole network of the first seed, here and below. {settled["closed"]} of {samples} images passed with the gate closed and took no step; the others took
-{settled["fewest"]} to {settled["most"]} steps.
+The wormhole network of the first seed, here and below. {settled["closed"]} of {samples} images passed
+with the gate closed and took no step; the others took {settled["fewest"]} to {settled["most"]} steps.
 
 ![histogram of steps](steps.png)
 

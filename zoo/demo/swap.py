@@ -83,14 +83,11 @@ class _Watched:
 
     def __init__(self, problem: Problem, trace: list[Tensor]):
         self.problem, self.trace = problem, trace
-        self.size, self.leave_share = problem.size, problem.leave_share
-
-    @property
-    def evaluations(self) -> int:
-        return self.problem.evaluations
+        self.size, self.leave_share, self.evaluations = problem.size, problem.leave_share, 0
 
     def evaluate(self, z: Tensor) -> Tensor:
         fz = self.problem.evaluate(z)
+        self.evaluations = self.problem.evaluations
         change = torch.linalg.vector_norm(fz - z, dim=1)
         self.trace.append((change / torch.linalg.vector_norm(fz, dim=1)).detach())
         return fz
@@ -144,9 +141,11 @@ def threshold_curve(model: nn.Module, validation: Batches, test: Batches) -> lis
     The thresholds are quantiles of the gate's scores on the validation set.
     """
     part = next(m for m in model.modules() if isinstance(m, tw.blocks.Feedback))
+    gate = part.gate
+    assert isinstance(gate, tw.gates.LearnedGate)
     with torch.no_grad():
         seen = samples(model, validation).probability.double()
-    scores = torch.logit(seen, eps=1e-12) * part.gate.temperature + part.gate.threshold
+    scores = torch.logit(seen, eps=1e-12) * gate.temperature + gate.threshold
     rows = []
     with _as_it_was(model):
         for wanted in (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0):
