@@ -111,6 +111,49 @@ def test_budget_is_a_setting_that_moves_the_open_share():
     assert abs(shares[0.2] - 0.2) < 0.06 and abs(shares[0.6] - 0.6) < 0.06
 
 
+def test_a_gate_with_a_budget_learns_from_the_loss_which_samples_are_hard():
+    torch.manual_seed(0)
+    gate = tw.gate("straight_through", channels=8, budget=0.25).train()
+    optimizer = torch.optim.Adam(gate.parameters(), lr=1e-2)
+    for _ in range(300):
+        features = torch.randn(64, 8)
+        out = torch.zeros(64, 3, requires_grad=True)
+        steep = torch.exp(2 * features[:, 0])
+        watched = tw.gates.watch_difficulty(out, gate(features).margin, 0.25)
+        optimizer.zero_grad()
+        (steep[:, None] * watched).mean().backward()
+        optimizer.step()
+    features = torch.randn(2000, 8)
+    opened, hard = gate.eval()(features).open, features[:, 0] > 0.67  # a quarter of the samples
+    assert abs(float(opened.float().mean()) - 0.25) < 0.06
+    assert float((opened == hard).float().mean()) > 0.8  # chance: 0.62
+
+
+def test_watching_difficulty_changes_neither_value_nor_gradient():
+    out = torch.randn(6, 3, requires_grad=True)
+    margin = torch.zeros(6, requires_grad=True)
+    weight = torch.tensor([1.0, 0.1, 0.1, 9.0, 0.1, float("nan")])[:, None]
+    watched = tw.gates.watch_difficulty(out, margin, 0.34)
+    assert torch.equal(watched, out)
+    a, b = torch.autograd.grad((watched * weight)[:5].sum(), (out, margin))
+    assert torch.equal(a[:5], weight[:5].expand(5, 3))
+    # The two steepest samples are pushed up, all others down; the scale is the mean gradient norm.
+    assert torch.equal(b < 0, torch.tensor([True, False, False, True, False, False]))
+    assert torch.allclose(b.abs(), b.abs()[0].expand(6)) and abs(float(b[1]) - 0.5 * 3**0.5 * 10.3 / 6) < 1e-5
+
+
+@pytest.mark.parametrize("learn", ["benefit", "difficulty"])
+def test_what_a_gate_learns_is_a_setting(learn):
+    x = images()
+    block = Wormhole(
+        conv_body(nn.Identity), x, gate=("straight_through", {"learn": learn}), max_iter=60
+    ).train()
+    block(x).square().sum().backward()
+    assert bool(block.feedback.gate.score.weight.grad.any())
+    with pytest.raises(ValueError, match="benefit"):
+        tw.gate("sigmoid", channels=8, learn="benefits")
+
+
 def test_gates():
     features = torch.randn(16, 8)
     for name in ("straight_through", "sigmoid", "never"):

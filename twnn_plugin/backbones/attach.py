@@ -147,8 +147,9 @@ def find_backbone(model: nn.Module) -> Backbone:
         if adapter.claims(model):
             return adapter
     raise AttachError(
-        f"No backbone adapter knows {type(model).__name__}. There are: {', '.join(registry.names())}. "
-        "Register one of your own (docs/plugins.md), or wrap a module directly with tw.blocks.get('wormhole')."
+        f"No backbone adapter knows {type(model).__name__}. "
+        f"There are {', '.join(registry.names())}. Register one of your own (docs/plugins.md), or wrap "
+        "a module directly with tw.blocks.get('wormhole')."
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..fixed_point import run
-from ..gates import Gate
+from ..gates import Gate, watch_difficulty
 from ..types import PolicyView, Solution, Status
 from .message import LAYOUTS, Message, layout_of, pool
 from .one_map import Frozen
@@ -30,6 +30,7 @@ class _Choice(NamedTuple):
     opened: Tensor
     amount: Tensor
     probability: Tensor
+    margin: Tensor | None
 
 
 class Feedback(nn.Module):
@@ -128,7 +129,7 @@ class Feedback(nn.Module):
             )
         opened = wanted & (opinion.strength.detach() > 0)
         amount = torch.where(opened, opinion.strength, 0.0)
-        return _Choice(opened, amount, opinion.probability)
+        return _Choice(opened, amount, opinion.probability, opinion.margin)
 
     def _settle_opened(
         self,
@@ -179,6 +180,8 @@ class Feedback(nn.Module):
         learns_strength = choice.amount.requires_grad
         source = torch.where(opened, choice.amount, probability) if learns_strength else probability
         lever = source - source.detach()  # zero, with the gate's gradient
+        if choice.margin is not None:  # the gate learns otherwise
+            lever = lever.detach()
 
         def f(
             z: Tensor,
@@ -202,7 +205,10 @@ class Feedback(nn.Module):
         settings = self.settings
         solution = run(f, out, context, settings.control, *settings.made, settled=~opened)
         self._note(choice, solution, None)
-        return solution.value
+        if choice.margin is None:
+            return solution.value
+        share = getattr(self.gate, "budget", None) or 0.5
+        return watch_difficulty(solution.value, choice.margin, share)
 
     def _note(self, choice: _Choice, solution: Solution | None, rows: Tensor | None) -> None:
         batch, device = choice.opened.shape[0], choice.opened.device

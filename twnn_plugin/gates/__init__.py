@@ -1,7 +1,7 @@
 """Gates by name: ``names()``, ``get(name)``, ``register(name, factory)``."""
 
 from ..registry import Registry
-from .base import Gate, GateOutput, LearnedGate
+from .base import Gate, GateOutput, LearnedGate, watch_difficulty
 
 registry: Registry[Gate] = Registry("gate", Gate)
 names, get, register, owner, entries = (
@@ -22,4 +22,5 @@ __all__ = [
     "owner",
     "register",
     "registry",
+    "watch_difficulty",
 ]

@@ -19,4 +19,5 @@ class SigmoidGate(LearnedGate):
     def forward(self, features: Tensor) -> GateOutput:
         margin = self.margin(features)
         probability = torch.sigmoid(margin)
-        return GateOutput(probability, probability, margin > 0)
+        taught = margin if self.learns_difficulty() else None
+        return GateOutput(probability, probability, margin > 0, taught)

@@ -20,4 +20,5 @@ class StraightThroughGate(LearnedGate):
     def forward(self, features: Tensor) -> GateOutput:
         margin = self.margin(features)
         opened = margin > 0  # false for NaN: a broken sample is not iterated
-        return GateOutput(torch.sigmoid(margin), torch.ones_like(margin), opened)
+        taught = margin if self.learns_difficulty() else None
+        return GateOutput(torch.sigmoid(margin), torch.ones_like(margin), opened, taught)

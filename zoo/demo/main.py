@@ -18,7 +18,7 @@ from ..data import Batches, DataSplits, load_data
 from .contest import BUDGET, CONTESTANTS, Entry, compete, summary
 from .plots import plot_curve, plot_histogram, plot_images, plot_traces
 from .report import Table, contest_table, curve_table, render, solver_table
-from .swap import TRACE_TOL, every_solver, samples, threshold_curve, traces
+from .swap import TRACE_TOL, difficulty, every_solver, samples, threshold_curve, traces
 
 __all__ = ["run"]
 
@@ -73,6 +73,10 @@ def _figures(entries: list[list[Entry]], data: DataSplits, out: Path, console: A
     return {
         "contest": [summary(runs) for runs in entries],
         "budget": BUDGET,
+        "difficulty": [
+            {"seed": plain.run["seed"], **difficulty(samples(twnn.model.eval(), test), plain.model.eval())}
+            for plain, twnn in zip(entries[0], entries[1], strict=True)
+        ],
         "steps": {
             "closed": int((found.steps == 0).sum()),
             "fewest": int(opened.min()) if opened.numel() else 0,

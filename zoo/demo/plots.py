@@ -80,7 +80,7 @@ def plot_images(found: Samples, path: Path, each: int = 10) -> None:
     for row, (title, indices) in enumerate((("easiest", order[:each]), ("hardest", order[-each:].flip(0)))):
         for column, index in enumerate(indices.tolist()):
             axes = grid[row][column]
-            axes.imshow(found.images[index, 0], cmap="gray_r")
+            axes.imshow(found.images[index, 0].numpy(), cmap="gray_r")
             axes.set_xticks([])
             axes.set_yticks([])
             wrong = "" if bool(found.correct[index]) else ", wrong"

@@ -106,6 +106,10 @@ def render(figures: Mapping[str, Any]) -> str:
     first = contest[0]["runs"][0]
     samples, settled = first["test"]["samples"], figures["steps"]
     seeds = ", ".join(map(str, where["seeds"]))
+    hardness = {
+        key: _spread([row[key] for row in figures["difficulty"]], lambda v, d=digits: _number(v, d))
+        for key, digits in (("rank_correlation", 2), ("loss_iterated", 3), ("loss_not_iterated", 3))
+    }
     return f"""# Wormholes on real digits
 {quick}
 `{where["command"]}`, {where["date"]}; {where["hardware"]}; {where["versions"]}.
@@ -124,8 +128,13 @@ The wormhole's budget was {_percent(figures["budget"], 0)} of the images.
 
 ## Easy inputs are done at once, hard ones take longer
 
-The wormhole network of the first seed, here and below. {settled["closed"]} of {samples} images passed
+The wormhole network of the first seed, here and below: {settled["closed"]} of {samples} images passed
 with the gate closed and took no step; the others took {settled["fewest"]} to {settled["most"]} steps.
+
+Hard is what the plain network of the same seed finds hard: its loss on the image. Over the seeds, that loss
+is {hardness["loss_iterated"]} on the images that the wormhole network iterated and
+{hardness["loss_not_iterated"]} on the others; the rank correlation of steps and loss is
+{hardness["rank_correlation"]}.
 
 ![histogram of steps](steps.png)
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import twnn_plugin as tw
 from twnn_plugin.solvers import Control, Outcome, Problem, Solver, WholeSolver, solve
@@ -18,7 +20,7 @@ from twnn_plugin.solvers import Control, Outcome, Problem, Solver, WholeSolver, 
 from ..data import Batches
 from ..evaluate import evaluate
 
-__all__ = ["TRACE_TOL", "Samples", "every_solver", "samples", "threshold_curve", "traces"]
+__all__ = ["TRACE_TOL", "Samples", "difficulty", "every_solver", "samples", "threshold_curve", "traces"]
 
 TRACE_TOL = 1e-6
 _TRACE_STEPS = 30
@@ -133,6 +135,24 @@ def samples(model: nn.Module, batches: Batches) -> Samples:
             (record,) = tw.report(model)
             parts.append((images, labels, record.steps, record.probability, logits.argmax(1) == labels))
     return Samples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def difficulty(found: Samples, plain: nn.Module) -> dict[str, float]:
+    """Whether hard images were iterated longer, hardness being the plain network's loss on them.
+
+    Returns:
+        Spearman's rank correlation of steps and hardness over the test images, and the mean hardness of
+        the images that were iterated and of those that were not (cross-entropy, nats).
+    """
+    with torch.no_grad():
+        hardness = F.cross_entropy(plain(found.images), found.labels, reduction="none")
+    opened = found.steps > 0
+    correlation: Any = spearmanr(found.steps, hardness)
+    return {
+        "rank_correlation": float(correlation[0]),
+        "loss_iterated": float(hardness[opened].mean()),
+        "loss_not_iterated": float(hardness[~opened].mean()),
+    }
 
 
 def threshold_curve(model: nn.Module, validation: Batches, test: Batches) -> list[dict[str, Any]]:
