@@ -163,6 +163,50 @@ def test_dropout_and_drop_path_stand_still_while_iterating():
     assert record.adjoint is not None and bool((record.adjoint.status == 0).all())
 
 
+def test_mixed_precision_training():
+    _, twnn = pair("resnet18", "layer4->layer3", policy="always", tol=1e-2, scale=0.02)
+    twnn.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = twnn(images(64)).square().mean()
+    loss.backward()
+    (record,) = tw.report(twnn)
+    assert bool((record.status == int(tw.Status.converged)).all()) and record.multiply_adds > 0
+    assert record.adjoint is not None and bool((record.adjoint.status == 0).all())
+    assert all(bool(torch.isfinite(p.grad).all()) for p in twnn.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    _, twnn = pair("convnext_atto", "auto", policy="always", tol=1e-2, scale=0.02)
+    twnn = twnn.to(dtype).eval()
+    with torch.no_grad():
+        assert twnn(images(64).to(dtype)).dtype == dtype
+    (record,) = tw.report(twnn)
+    assert bool((record.status == int(tw.Status.converged)).all()) and record.multiply_adds > 0
+
+
+def test_checkpointing_and_features_only_are_refused_with_a_way_out():
+    model = timm.create_model("twnn_resnet18", num_classes=2)
+    with pytest.raises(tw.AttachError, match="implicit adjoint"):
+        model.set_grad_checkpointing(True)
+    model.set_grad_checkpointing(False)
+    assert pickle.loads(pickle.dumps(model)) is not None
+    plain = timm.create_model("convnext_atto", num_classes=2)
+    plain.set_grad_checkpointing(True)
+    with pytest.raises(tw.AttachError, match="checkpointing"):
+        tw.attach(plain)
+    with pytest.raises(tw.AttachError, match="forward_intermediates"):
+        timm.create_model("twnn_resnet18", features_only=True)
+
+
+def test_intermediates_end_in_the_settled_value():
+    _, twnn = pair("resnet18", "layer4->layer3", policy="always")
+    twnn.eval()
+    with torch.no_grad():
+        final, taps = twnn.forward_intermediates(images(64))
+        assert torch.equal(final, taps[-1]) and torch.equal(final, twnn.forward_features(images(64)))
+
+
 def test_several_wormholes_in_one_model():
     plain, twnn = pair("resnet18", ["layer4->layer3", "layer2->layer1"])
     x = images(64)

@@ -83,6 +83,8 @@ def attach(
             f"This {type(model).__name__} has wormholes already. List them all in one call of attach; change "
             "their settings with tw.configure."
         )
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        refuse_checkpointing()
     backbone = find_backbone(model)
     stages = backbone.stages(model)
     with evaluating(model):
@@ -104,7 +106,18 @@ def attach(
     # Hooks go in only now that every span has passed: a refusal leaves the model as it was.
     holder = _Holder(AttachedSpan(feedback, wiring) for feedback, wiring in parts)
     model.add_module(CHILD, holder.train(model.training))
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing = refuse_checkpointing  # pyright: ignore[reportArgumentType]
     return model
+
+
+def refuse_checkpointing(enable: bool = True) -> None:
+    """In place of ``set_grad_checkpointing`` of a model with wormholes."""
+    if enable:
+        raise AttachError(
+            "Gradient checkpointing and wormholes cannot be combined: recomputing a span would solve "
+            "it again. Leave it off; the implicit adjoint keeps one evaluation of the span, however long it iterates."
+        )
 
 
 def _feedback(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import AttachError
 from . import timm_adapter
 from .attach import OPTIONS, attach
 
@@ -38,6 +39,11 @@ def _entry(name: str) -> Callable[..., nn.Module]:
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         options = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
+        if kwargs.get("features_only"):
+            raise AttachError(
+                f"{PREFIX + name} cannot be made with features_only=True, which takes the model apart. Use "
+                "model.forward_intermediates(images), which runs the whole model."
+            )
         # The backbone's weights are loaded by timm, strictly, before there are wormholes.
         model = attach(create(pretrained=pretrained, **kwargs), **options)
         timm_adapter.rename(model, PREFIX + name)

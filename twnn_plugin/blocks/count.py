@@ -25,16 +25,18 @@ def multiply_adds(feedback: Feedback, replay: Replay, parts: Sequence[nn.Module]
         parts: the modules of the span, to be put into eval mode meanwhile.
     """
     assert feedback.shapes is not None
-    entry_shape, entry_dtype, out_shape, out_dtype, constants, device = feedback.shapes
-    entry = torch.zeros(1, *entry_shape, dtype=entry_dtype, device=device)
-    out = torch.zeros(1, *out_shape, dtype=out_dtype, device=device)
+    entry_shape, out_shape, constants = feedback.shapes
+    # In the weights' own dtype: the pass may have run under autocast, and this does not.
+    like = feedback.message.scale.detach()
+    entry, out = like.new_zeros(1, *entry_shape), like.new_zeros(1, *out_shape)
+    constants = [c.to(like.dtype) if c.is_floating_point() else c for c in constants]
     modes = [(module, module.training) for part in parts for module in part.modules()]
     counter = FlopCounterMode(display=False)
     try:
         for module, _ in modes:
             module.training = False
         with torch.no_grad(), counter:
-            replay(entry + feedback.message(out, entry.shape).to(entry.dtype), *constants)
+            replay(entry + feedback.message(out, entry.shape), *constants)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -104,7 +104,7 @@ class Feedback(nn.Module):
         """
         choice = self._choose(out)
         probes = [c.new_zeros(1, *c.shape[1:]) for c in constants]
-        self.shapes = (entry.shape[1:], entry.dtype, out.shape[1:], out.dtype, probes, entry.device)
+        self.shapes = (entry.shape[1:], out.shape[1:], probes)
         learns = self.training and torch.is_grad_enabled()
         if out.shape[0] == 0 or (not learns and not bool(choice.opened.any())):
             self._note(choice, None, None)
@@ -115,7 +115,10 @@ class Feedback(nn.Module):
 
     def _choose(self, out: Tensor) -> _Choice:
         # The gate reads the activations but does not shape them: its gradient stays its own.
-        features = pool(out.detach(), self.out_layout).to(torch.promote_types(out.dtype, torch.float32))
+        dtype = next((p.dtype for p in self.gate.parameters()), torch.float32)
+        features = pool(out.detach().to(torch.promote_types(out.dtype, torch.float32)), self.out_layout).to(
+            dtype
+        )
         # A broken sample must not reach the gate's weights: zero times NaN is NaN.
         features = torch.where(torch.isfinite(features).all(dim=1, keepdim=True), features, 0.0)
         with torch.autocast(out.device.type, enabled=False):

@@ -95,7 +95,8 @@ class LearnedGate(Gate):
         momentum: of the running quantile, per training step.
         learn: what the score is trained for. ``"benefit"``: how much opening lowers the loss
             (straight-through gradient). ``"difficulty"``: whether the sample is among the hardest
-            share of its batch, see :func:`watch_difficulty`. None: difficulty if there is a budget.
+            share of its batch (the budget, or half), see :func:`watch_difficulty`. None: difficulty if
+            there is a budget, else benefit.
     """
 
     def __init__(

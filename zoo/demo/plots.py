@@ -100,16 +100,17 @@ def plot_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     share = [100 * row["open_share"] for row in rows]
     axes.plot(share, [100 * row["accuracy"] for row in rows], marker="o", color="#1b6ca8")
-    for x, row in zip(share, rows, strict=True):
+    for index, (x, row) in enumerate(zip(share, rows, strict=True)):
         axes.annotate(
             f"{row['rows_evaluated']:,} rows",
             (x, 100 * row["accuracy"]),
             textcoords="offset points",
-            xytext=(0, 8),
+            xytext=(0, 8 if index % 2 else -14),
             ha="center",
             fontsize=7,
         )
-    axes.margins(y=0.3)
+    accuracies = [100 * row["accuracy"] for row in rows]
+    axes.set_ylim(min(accuracies) - 1, min(max(accuracies) + 1, 100.2))  # a point or less is noise here
     axes.set_xlabel("images iterated, %")
     axes.set_ylabel("test accuracy, %")
     axes.set_title("The share of images that think longer is a setting (gate threshold, after training)")
