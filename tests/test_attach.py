@@ -368,7 +368,7 @@ def test_more_bad_input():
         tw.configure(model, solvr="picard")
     with pytest.raises(tw.UnknownNameError, match="Unknown span"):
         tw.configure(model, spans="layer4->layer2", tol=1e-2)
-    with pytest.raises(TypeError, match="wormhole"):
+    with pytest.raises(TypeError, match="Did you mean 'wormholes'"):
         timm.create_model("twnn_resnet18", wormhole="layer4->layer3")
 
 

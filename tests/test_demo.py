@@ -86,6 +86,11 @@ def test_an_impossible_folder_is_said_before_any_work(tmp_path):
     assert "file" in result.output and "Traceback" not in result.output
 
 
+def test_no_command_shows_the_help_as_it_is():
+    result = CliRunner().invoke(main, [])
+    assert result.exit_code == 2 and "Commands:\n" in result.output and "Error" not in result.output
+
+
 def test_same_seed_same_model():
     data = load_data("digits")
     states = []

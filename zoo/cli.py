@@ -48,6 +48,9 @@ class OneLine(click.Group):
             return super().main(args, prog_name, standalone_mode=False, **extra)
         try:
             sys.exit(super().main(args, prog_name, standalone_mode=False, **extra) or 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(2)
         except click.ClickException as error:
             place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "twnn"
             _fail(f"{error.format_message()} See '{place} --help'.")

@@ -116,7 +116,8 @@ def refuse_checkpointing(enable: bool = True) -> None:
     if enable:
         raise AttachError(
             "Gradient checkpointing and wormholes cannot be combined: recomputing a span would solve "
-            "it again. Leave it off; the implicit adjoint keeps one evaluation of the span, however long it iterates."
+            "it again. Leave it off; the implicit adjoint keeps one evaluation of the span, however long it "
+            "iterates."
         )
 
 

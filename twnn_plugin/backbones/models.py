@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
-from ..errors import AttachError
+from ..errors import AttachError, nearest
 from . import timm_adapter
 from .attach import OPTIONS, attach
 
@@ -45,7 +46,15 @@ def _entry(name: str) -> Callable[..., nn.Module]:
                 "model.forward_intermediates(images), which runs the whole model."
             )
         # The backbone's weights are loaded by timm, strictly, before there are wormholes.
-        model = attach(create(pretrained=pretrained, **kwargs), **options)
+        try:
+            backbone = create(pretrained=pretrained, **kwargs)
+        except TypeError as error:  # an option that neither side has
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None:
+                raise
+            hint = nearest(unknown[1], OPTIONS)
+            raise TypeError(f"{error}.{hint} Options of the wormholes: {', '.join(OPTIONS)}.") from error
+        model = attach(backbone, **options)
         timm_adapter.rename(model, PREFIX + name)
         return model
 
