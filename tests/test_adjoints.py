@@ -23,7 +23,7 @@ def cotangent_of(problem):
     return torch.randn(problem.z0.shape, generator=torch.Generator().manual_seed(7), dtype=f64)
 
 
-@pytest.mark.parametrize("adjoint", [*EXACT, "unrolled"])
+@pytest.mark.parametrize("adjoint", [*EXACT, "unrolled", "checkpointed"])
 @pytest.mark.parametrize("solver", NATIVE)
 @pytest.mark.parametrize("make", problems.ALL)
 def test_gradients_agree_with_a_dense_reference(make, solver, adjoint):
@@ -38,7 +38,7 @@ def test_gradients_agree_with_a_dense_reference(make, solver, adjoint):
         assert problems.relative(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("adjoint", [*EXACT, "unrolled"])
+@pytest.mark.parametrize("adjoint", [*EXACT, "unrolled", "checkpointed"])
 def test_gradcheck(adjoint):
     problem = problems.vector(batch=3, size=4, norm=0.6)
     (w,), (x,) = problem.parameters, problem.context
@@ -154,7 +154,60 @@ def test_a_failed_backward_row_falls_back_to_one_step_and_says_so():
     assert torch.equal(gradient, torch.ones_like(x))
 
 
+def test_phantom_is_the_damped_series_cut_short():
+    problem = problems.vector(norm=0.9)
+    cotangent = cotangent_of(problem)
+    z, _, exact = problems.reference(problem, cotangent)
+    x = problem.context[0].clone().requires_grad_()
+    state = z
+    for _ in range(3):
+        state = 0.5 * state + 0.5 * problem.f(state, x)
+    expected = torch.autograd.grad(state, x, cotangent)[0]
+    adjoint = tw.adjoint("phantom", steps=3, damping=0.5)
+    solution, _, mine = gradients(problem, cotangent, adjoint=adjoint, tol=1e-12, max_iter=500)
+    assert torch.allclose(mine, expected, atol=1e-9)
+    assert torch.allclose(solution.value.detach(), z, atol=1e-9)
+    assert solution.adjoint is not None and not solution.adjoint.exact
+    errors = []
+    for steps in (1, 4, 16, 64):
+        adjoint = tw.adjoint("phantom", steps=steps, damping=1.0)
+        _, _, mine = gradients(problem, cotangent, adjoint=adjoint, tol=1e-12, max_iter=500)
+        errors.append(problems.relative(mine, exact))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-2 < errors[0]
+
+
+def test_phantom_keeps_a_broken_row_out():
+    problem = problems.vector(norm=0.5)
+    x = problem.context[0].clone()
+    x[2] = float("nan")
+    with pytest.warns(tw.ConvergenceWarning):
+        solution = tw.fix(problem.f, problem.z0, x, adjoint="phantom", tol=1e-8)
+    (gradient,) = torch.autograd.grad(solution.value[torch.arange(6) != 2].sum(), problem.parameters)
+    assert bool(torch.isfinite(gradient).all()) and bool(torch.isnan(solution.value[2]).any())
+
+
+def test_checkpointed_recomputes_instead_of_keeping():
+    calls = []
+    w = torch.nn.Parameter(torch.eye(4, dtype=f64) * 0.5)
+
+    def f(z, x):
+        calls.append(z.shape[0])
+        return torch.tanh(z @ w + x)
+
+    x = torch.ones(3, 4, dtype=f64)
+    solution = tw.fix(f, 0 * x, x, adjoint="checkpointed", tol=1e-8, max_iter=100)
+    forward = len(calls)
+    assert forward == int(solution.steps.max())
+    solution.value.sum().backward()
+    # The last evaluation only measures a residual; its output is not part of the value.
+    assert len(calls) in (2 * forward - 1, 2 * forward)
+
+
 def test_bad_adjoint_options():
+    with pytest.raises(tw.OptionError, match="steps"):
+        tw.adjoint("phantom", steps=0)
+    with pytest.raises(tw.OptionError, match="damping"):
+        tw.adjoint("phantom", damping=1.5)
     with pytest.raises(tw.OptionError, match="tol"):
         tw.adjoint("implicit", tol=0)
     with pytest.raises(tw.OptionError, match="Did you mean 'solver'"):

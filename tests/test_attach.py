@@ -285,7 +285,7 @@ def test_every_solver_trains_a_span_with_every_adjoint():
     model = tw.attach(timm.create_model("resnet8_cifar", num_classes=5), policy="always", scale=0.05)
     x = images(32, batch=4)
     for solver in tw.solvers.names():
-        for adjoint in ("implicit", "one_step", "unrolled"):
+        for adjoint in tw.adjoints.names():
             tw.configure(model, solver=solver, adjoint=adjoint, tol=1e-3, max_iter=40)
             model.zero_grad()
             model.train()(x).square().sum().backward()

@@ -241,6 +241,19 @@ def test_callback_sees_every_evaluation():
     assert int(seen[0].rows.numel()) == 8 and int(seen[-1].rows.numel()) < 8
 
 
+def test_broyden_is_bounded_by_its_memory_and_needs_few_evaluations():
+    problem = problems.vector(batch=6, size=40, norm=0.98)
+    counts = {}
+    with torch.no_grad():
+        for solver in ("picard", tw.solver("broyden", memory=3), tw.solver("broyden", memory=30)):
+            solution = tw.fix(problem.f, problem.z0, *problem.context, solver=solver, tol=1e-8, max_iter=2000)
+            assert bool(solution.converged.all())
+            counts[getattr(solver, "memory", 0)] = solution.evaluations
+    assert counts[30] <= counts[3] < counts[0]
+    with pytest.raises(tw.OptionError, match="memory"):
+        tw.solver("broyden", memory=0)
+
+
 def test_a_non_contraction_that_anderson_solves():
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=f64)
     with pytest.warns(tw.ConvergenceWarning):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .adjoints.checkpointed import Checkpointed
 from .adjoints.implicit import Implicit
 from .adjoints.one_step import OneStep
+from .adjoints.phantom import Phantom
 from .adjoints.unrolled import Unrolled
 from .backbones.timm_adapter import TimmBackbone
 from .blocks.fpi import FPI
@@ -17,6 +19,7 @@ from .policies.gate import GatePolicy
 from .policies.random import RandomPolicy
 from .solvers import torchdeq_bridge
 from .solvers.anderson import Anderson
+from .solvers.broyden import Broyden
 from .solvers.picard import Picard
 
 __all__ = [
@@ -34,16 +37,19 @@ def twnn_register_solvers(register: Register) -> None:
     """Native solvers, and torchdeq's through the bridge."""
     register("picard", Picard)
     register("anderson", Anderson)
+    register("broyden", Broyden)
     for name, factory in torchdeq_bridge.SOLVERS.items():
         register(name, factory)
 
 
 @hookimpl
 def twnn_register_adjoints(register: Register) -> None:
-    """Exact at the fixed point, through the loop, and the one-step approximation."""
+    """Exact at the fixed point, through the loop, and approximations."""
     register("implicit", Implicit)
     register("unrolled", Unrolled)
+    register("checkpointed", Checkpointed)
     register("one_step", OneStep)
+    register("phantom", Phantom)
 
 
 @hookimpl

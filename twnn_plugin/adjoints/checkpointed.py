@@ -1,0 +1,42 @@
+"""Differentiating through the iterations in less memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..solvers import Outcome
+from ..types import AdjointReport, State
+from .base import Adjoint
+from .equation import Call
+from .unrolled import Unrolled
+
+__all__ = ["Checkpointed"]
+
+
+@dataclass(frozen=True)
+class Checkpointed(Adjoint):
+    """Unrolled, but each evaluation of ``f`` is recomputed in the backward pass.
+
+    The same gradient as ``unrolled``. Of each iteration only the state is kept, not the inside of
+    ``f``; the price is one more evaluation per iteration.
+    """
+
+    exact: ClassVar[bool] = False
+
+    def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
+        if not torch.is_grad_enabled():
+            return call.solve()
+        inner = call.f
+
+        def recomputed(z: State, *context: Tensor) -> State:
+            return checkpoint(inner, z, *context, use_reentrant=False)  # type: ignore[return-value]
+
+        watched = replace(call, f=recomputed)
+        outcome = Unrolled().run(watched, reports)
+        call.evaluations = watched.evaluations
+        return outcome
