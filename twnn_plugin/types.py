@@ -40,7 +40,10 @@ _SENTENCES = {
         "The residual grew without bound: f is not a contraction here. Scale f down (damping, spectral "
         "or Jacobian regularisation) or use solver='anderson'."
     ),
-    Status.non_finite: ("f returned NaN or inf for this row: look for non-finite input or an overflow in f."),
+    Status.non_finite: (
+        "f returned NaN or inf for this row, or a state too large for its norm: look for non-finite input or "
+        "an overflow in f."
+    ),
     Status.stagnated: (
         "The residual stopped at the rounding floor of the dtype above the tolerance: raise tol or use a "
         "wider dtype."

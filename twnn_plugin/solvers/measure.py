@@ -47,7 +47,9 @@ def report_residual(change: Tensor, size: Tensor, control: Control) -> Tensor:
 
 def classify(change: Tensor, limit: Tensor | float) -> Tensor:
     """Statuses of rows that leave: converged within ``limit``, else diverged or non-finite."""
+    # Where a norm overflows, its limit is infinite, too: infinity is no convergence.
     finite = torch.isfinite(change)
+    if isinstance(limit, Tensor):
+        finite = finite & torch.isfinite(limit)
     failed = torch.where(finite, int(Status.diverged), int(Status.non_finite))
-    # An overflowing row has an infinite limit, too: infinity is no convergence.
     return torch.where((change <= limit) & finite, int(Status.converged), failed)
