@@ -113,8 +113,16 @@ def test_a_nan_sample_changes_no_other_output_nor_weight_gradient(policy):
         assert torch.allclose(value, expected[key], rtol=1e-3, atol=1e-5), key
 
 
-def test_implicit_gradient_of_a_span_is_that_of_the_unrolled_one():
-    _, twnn = pair("resnet18", "layer4->layer3", policy="always", scale=0.01)
+class FirstHalf(type(tw.policy("always"))):
+    """Opens the first half of the batch."""
+
+    def forward(self, view):
+        return torch.arange(view.open.numel()) < view.open.numel() // 2
+
+
+@pytest.mark.parametrize("policy", [tw.policy("always"), FirstHalf()], ids=["all", "half"])
+def test_implicit_gradient_of_a_span_is_that_of_the_unrolled_one(policy):
+    _, twnn = pair("resnet18", "layer4->layer3", policy=policy, scale=0.01)
     twnn = twnn.double().train()  # batch statistics included
     x = images(64, batch=4).double()
 
@@ -130,6 +138,23 @@ def test_implicit_gradient_of_a_span_is_that_of_the_unrolled_one():
     assert implicit.keys() == unrolled.keys()
     for key, value in unrolled.items():
         assert float((implicit[key] - value).norm()) <= 1e-6 * float(value.norm()) + 1e-12, key
+
+
+def test_closed_rows_cost_no_product_in_the_backward_solve():
+    _, twnn = pair("convnext_atto", "auto", policy="always", scale=0.05, tol=1e-6, max_iter=60)
+    x = images(64, batch=8)
+    gradients = {}
+    for name, policy in (("some", FirstHalf()), ("none", "never")):
+        model = copy.deepcopy(twnn).train()
+        tw.configure(model, policy=policy)
+        model(x).square().mean().backward()
+        report = tw.report(model)[0].adjoint
+        assert report is not None and bool((report.status == 0).all())
+        gradients[name] = report
+    some, none = gradients["some"], gradients["none"]
+    assert none.evaluations == 0 and not bool(none.steps.any())
+    assert not bool(some.steps[4:].any()) and bool((some.steps[:4] > 1).all())
+    assert some.evaluations <= 4 * int(some.steps.max())
 
 
 def test_rows_that_fail_fall_back_to_the_open_loop_value_in_eval():

@@ -109,7 +109,7 @@ def run(
         control: the stopping rule, from :func:`check_control`.
         solver: an instance.
         adjoint: an instance.
-        settled: (B,) bool of rows that are at their fixed point in ``z0`` already; see
+        settled: (B,) bool of rows for which ``f`` is constant in the state and ``z0`` its value; see
             :class:`~twnn_plugin.adjoints.equation.Call`.
     """
     layout, start = Layout.of(z0)

@@ -53,8 +53,9 @@ class Call:
         context: tensors with B rows each.
         solver: a solver instance.
         control: when a row is finished.
-        settled: (B,) bool of rows that are known to be at their fixed point in ``z0``; they are not
-            solved for, yet take part in the differentiated evaluation. None: no row is.
+        settled: (B,) bool of rows for which ``f`` does not depend on the state, and ``z0`` is its value;
+            they are not solved for, forward or backward, yet take part in the differentiated
+            evaluation. None: no row is.
     """
 
     f: Callable[..., State]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..solvers import Control, Outcome, Solver, StepSolver, registry, solve
 from ..types import AdjointReport, Status
 from .base import Adjoint
-from .equation import Call
+from .equation import Call, Equation
 from .graft import Tape, graft
 
 __all__ = ["Implicit"]
@@ -74,13 +74,50 @@ class Implicit(Adjoint):
             coupled=call.control.coupled,
         )
         problem = _Linear(call, z, tape, g, rows)
-        solved = solve(solver, problem, g, control)
-        failed = (solved.status == int(Status.diverged)) | (solved.status == int(Status.non_finite))
-        u = torch.where(failed[:, None], g, solved.value)
+        live = _live(call, rows)
+        if live is None:
+            solved = solve(solver, problem, g, control)
+            u = _checked(solved, g)
+        else:  # rows that do not depend on z have u = g
+            solved, u = _nothing_to_solve(g), g
+            if live.numel():
+                problem.keep(live)
+                part = solve(solver, problem, g[live], replace(control, scale=_pick(control.scale, live)))
+                u = g.index_copy(0, live, _checked(part, g[live]))
+                solved = Outcome(
+                    u,
+                    solved.status.index_copy(0, live, part.status),
+                    solved.steps.index_copy(0, live, part.steps),
+                    solved.residual.index_copy(0, live, part.residual),
+                )
         reports.append(
             AdjointReport("implicit", True, *_whole(solved, rows, call), evaluations=problem.evaluations)
         )
         return u
+
+
+def _live(call: Call, rows: Tensor | None) -> Tensor | None:
+    """Indices of the rows that depend on z, where leaving the others out pays; None: take all."""
+    if call.settled is None or not call.context:
+        return None
+    settled = call.settled if rows is None else call.settled[rows]
+    live = torch.nonzero(~settled).flatten()
+    return live if live.numel() < Equation.leave_share * settled.numel() else None
+
+
+def _checked(solved: Outcome, g: Tensor) -> Tensor:
+    """The solution, with the one-step gradient in rows that failed."""
+    failed = (solved.status == int(Status.diverged)) | (solved.status == int(Status.non_finite))
+    return torch.where(failed[:, None], g, solved.value)
+
+
+def _nothing_to_solve(g: Tensor) -> Outcome:
+    status = torch.full((g.shape[0],), int(Status.converged), device=g.device)
+    return Outcome(g, status, torch.zeros_like(status), torch.zeros_like(g[:, 0]))
+
+
+def _pick(scale: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if scale is None else scale[rows]
 
 
 def _whole(solved: Outcome, rows: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
