@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..blocks import Feedback, SpanRecord
 from ..blocks.count import multiply_adds
 from ..blocks.one_map import OneMap
-from ..blocks.session import OpenLoop
+from ..blocks.open_loop import OpenLoop
 from ..errors import AttachError
 from ..trees import leaves
 from .wiring import Wiring

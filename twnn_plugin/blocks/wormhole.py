@@ -15,7 +15,7 @@ from .count import multiply_adds
 from .feedback import Feedback
 from .one_map import OneMap
 from .record import SpanRecord
-from .session import OpenLoop
+from .open_loop import OpenLoop
 from .settings import SolveSettings
 
 __all__ = ["Wormhole"]
