@@ -14,8 +14,8 @@ from ..gates import Gate
 from .count import multiply_adds
 from .feedback import Feedback
 from .one_map import OneMap
-from .record import SpanRecord
 from .open_loop import OpenLoop
+from .record import SpanRecord
 from .settings import SolveSettings
 
 __all__ = ["Wormhole"]
