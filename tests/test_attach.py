@@ -416,6 +416,13 @@ def test_a_span_whose_inside_is_used_elsewhere_is_refused():
     assert fine(torch.randn(2, 3, 8, 8)).shape == (2, 2)
 
 
+def test_a_span_that_begins_with_an_activation_in_place_is_refused():
+    model = timm.create_model("resnet18", num_classes=2)
+    with pytest.raises(tw.AttachError, match="'act1' changes its input in place"):
+        tw.attach(model, wormholes="layer1->act1")
+    assert tw.attach(model, wormholes="layer1->layer1") is model
+
+
 def test_a_span_with_a_computation_between_its_modules_is_refused():
     class Between(nn.Module):
         def __init__(self):

@@ -30,7 +30,7 @@ class Implicit(Adjoint):
 
     Args:
         solver: name or instance of the solver of the linear equation; ``None``: ``"anderson"``,
-            which is a restarted Krylov method on a linear map.
+            which is a truncated Krylov method on a linear map.
         tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve.
         max_iter: vector-Jacobian products per row; ``None``: as many as the forward solve had, but
             at least 20.

@@ -30,8 +30,9 @@ def check_span(
         result: what the model returned.
 
     Raises:
-        AttachError: (a) the replay differs from the recorded output, (b) it reacts to a change of the
-            span's input other than the model does, or (c) something inside the span is used outside.
+        AttachError: (a) the replay differs from the recorded output or destroys its input, (b) it
+            reacts to a change of the span's input other than the model does, or (c) something inside the
+            span is used outside.
     """
     seen = [(call.args, call.kwargs) for call in calls]
     rows = wiring.constants(seen)
@@ -41,8 +42,16 @@ def check_span(
     again = wiring.replay(entry, seen, rows)
     if not torch.equal(again, out):
         raise AttachError(f"Span {name!r} cannot be replayed: its output differs from the model's own pass.")
-    shifted = entry + 0.1 * entry.abs().mean()
-    if not torch.equal(wiring.replay(shifted, seen, rows), _perturbed(model, example, calls, shifted)):
+    # Down, so that an activation that works in place shows: it cuts the new negatives off.
+    shifted = entry - 0.5 * entry.abs().mean()
+    given = shifted.clone()
+    answer = wiring.replay(given, seen, rows)
+    if not torch.equal(given, shifted):
+        raise AttachError(
+            f"Span {name!r} cannot be iterated: {calls[0].path!r} changes its input in place, which is then "
+            "lost. Begin the span at the module after it."
+        )
+    if not torch.equal(answer, _perturbed(model, example, calls, shifted)):
         raise AttachError(
             f"Span {name!r} cannot be iterated: the model computes something between its modules that a "
             "replay does not follow (it answered a changed input differently)."
