@@ -17,6 +17,7 @@ __all__ = [
     "MapError",
     "OptionError",
     "PluginWarning",
+    "TransformError",
     "UnknownNameError",
     "nearest",
 ]
@@ -56,6 +57,10 @@ class FixedPointError(RuntimeError):
     def __init__(self, message: str, solution: object = None):
         super().__init__(message)
         self.solution = solution
+
+
+class TransformError(RuntimeError):
+    """A derivative or transformation that an adjoint cannot give; raised rather than give a wrong one."""
 
 
 class ConvergenceWarning(RuntimeWarning):

@@ -38,6 +38,8 @@ class Entry:
 
 def check_options(what: str, factory: Factory, options: Mapping[str, Any]) -> None:
     """Raise :class:`OptionError` if ``factory`` has no parameter of a given name."""
+    if not options:
+        return  # names are resolved at every solve, and reading a signature takes a tenth of a millisecond
     parameters = inspect.signature(factory).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return

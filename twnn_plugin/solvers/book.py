@@ -38,7 +38,7 @@ class Book:
     @torch.no_grad()
     def look(self, k: int, z: Tensor, fz: Tensor, r: Tensor, problem: Problem) -> Tensor | None:
         """(b,) bool of the rows that finish now, or None; keeps the measurements for ``finish``."""
-        change, size = measure(r.detach(), fz.detach(), self.control.norm)
+        change, size = measure(r.detach(), fz.detach(), self.control.norm, self.control.parts)
         bound = threshold(size, self.control)
         if self.limit is None:
             self.limit = _GROWTH * (change + size)

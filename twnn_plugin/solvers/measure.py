@@ -14,17 +14,23 @@ EPS = 1e-9
 """Added to ``||f(z)||`` so that a fixed point at zero can be met (torchdeq's constant)."""
 
 
-def measure(r: Tensor, fz: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+def measure(r: Tensor, fz: Tensor, norm: str, parts: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
     """Size of the change and of the state, row by row.
 
     Args:
         r: (b, D) ``f(z) - z``.
         fz: (b, D) ``f(z)``.
         norm: ``"l2"``, or ``"max"``: the largest absolute entry of ``r`` and the rms of ``fz``.
+        parts: widths of parts to measure apart; the one that is farthest from rest counts.
 
     Returns:
         Two (b,) tensors.
     """
+    if parts:
+        each = zip(r.split(list(parts), dim=1), fz.split(list(parts), dim=1), strict=True)
+        change, size = (torch.stack(x) for x in zip(*(measure(a, b, norm) for a, b in each), strict=True))
+        worst = (change / (size + EPS)).argmax(dim=0, keepdim=True)  # NaN counts as the largest
+        return change.gather(0, worst)[0], size.gather(0, worst)[0]
     size = torch.linalg.vector_norm(fz, dim=1)
     if norm == "l2":
         return torch.linalg.vector_norm(r, dim=1), size

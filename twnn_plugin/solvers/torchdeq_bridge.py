@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -313,6 +314,28 @@ class _Traced:
         return info
 
 
+_depth = threading.local()
+_DEEPEST = 16  # solves inside each other; autograd changes threads at 60
+
+
+@contextlib.contextmanager
+def _nesting() -> Iterator[None]:
+    """Ends what would go on for ever: with ``hook_ift=True`` torchdeq removes the wrong backward hook when
+    a module was called twice, and each backward solve starts another one.
+    """
+    level = getattr(_depth, "level", 0)
+    if level >= _DEEPEST:
+        raise OptionError(
+            f"{_DEEPEST} solves by '{OURS}...' were started inside each other. With hook_ift=True torchdeq "
+            "never finishes the backward pass of a module that was called twice before it: use ift=True."
+        )
+    _depth.level = level + 1
+    try:
+        yield
+    finally:
+        _depth.level = level
+
+
 @dataclass(frozen=True)
 class _Exported:
     """The solver registered as ``name`` with the call that torchdeq makes."""
@@ -348,6 +371,19 @@ class _Exported:
         Raises:
             OptionError: an option is unknown or out of range, or a graph would be lost.
         """
+        with _nesting():
+            return self._solve(func, x0, max_iter, tol, stop_mode, indexing, options)
+
+    def _solve(
+        self,
+        func: Callable[[Any], Any],
+        x0: Any,
+        max_iter: int,
+        tol: float,
+        stop_mode: str,
+        indexing: Sequence[int] | None,
+        options: dict[str, Any],
+    ) -> tuple[Any, list[Any], dict[str, Tensor]]:
         if stop_mode not in ("abs", "rel"):
             hint = nearest(str(stop_mode), ("abs", "rel"))
             raise OptionError(f"stop_mode must be 'abs' or 'rel'; got {stop_mode!r}.{hint}")
