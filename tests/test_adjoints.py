@@ -121,19 +121,6 @@ def test_initial_state_gets_no_implicit_gradient():
     assert gradient is None or not bool(gradient.any())
 
 
-def test_second_derivatives_are_refused_or_right():
-    problem = problems.vector(norm=0.5)
-    x = problem.context[0].clone().requires_grad_()
-    solution = tw.fix(problem.f, problem.z0, x, tol=1e-12, max_iter=200)
-    (first,) = torch.autograd.grad(solution.value.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        torch.autograd.grad(first.sum(), x)
-    unrolled = tw.fix(problem.f, problem.z0, x, tol=1e-12, max_iter=200, adjoint="unrolled")
-    (first,) = torch.autograd.grad(unrolled.value.sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), x)
-    assert bool(second.any())
-
-
 def test_backward_twice_with_retained_graph():
     problem = problems.vector()
     solution = tw.fix(problem.f, problem.z0, *problem.context, tol=1e-10, max_iter=200)
@@ -214,3 +201,37 @@ def test_bad_adjoint_options():
         tw.adjoint("implicit", solvr="picard")
     with pytest.raises(tw.UnknownNameError, match="picard"):
         tw.adjoint("implicit", solver="picrd")
+
+
+def test_rows_that_influence_each_other_are_noticed_once_rows_have_left():
+    x = torch.linspace(0.1, 2.0, 12, dtype=f64)[:, None].expand(12, 3).clone().requires_grad_()
+
+    def f(z, x):
+        return torch.tanh(0.9 * x * z + 0.5 * z.mean(0) + 0.1)
+
+    with pytest.warns(tw.ConvergenceWarning, match="influence each other"):
+        solution = tw.fix(f, torch.zeros(12, 3, dtype=f64), x, tol=1e-8, max_iter=300, solver="picard")
+    value = solution.value.detach()
+    residual = (f(value, x) - value).norm(dim=1) / f(value, x).norm(dim=1)
+    assert bool((residual[solution.converged] <= 4e-8).all()) and not bool(solution.converged.all())
+    together = tw.fix(
+        f, torch.zeros(12, 3, dtype=f64), x, tol=1e-8, max_iter=300, solver="picard", coupled=True
+    )
+    assert bool(together.converged.all())
+
+
+def test_compiled_models_with_fix_inside_give_the_same():
+    torch.manual_seed(0)
+    cell = torch.nn.Linear(6, 6)
+    with torch.no_grad():
+        cell.weight *= 0.5
+
+    def model(x):
+        return 2 * tw.fix(lambda z, x: torch.tanh(cell(z) + x), torch.zeros_like(x), x + 1, tol=1e-5).value
+
+    x = torch.randn(4, 6)
+    out = torch.compile(model, backend="aot_eager")(x)
+    (g,) = torch.autograd.grad(out.sum(), cell.weight)
+    expected = model(x)
+    assert torch.allclose(out, expected)
+    assert torch.allclose(g, torch.autograd.grad(expected.sum(), cell.weight)[0], atol=1e-6)

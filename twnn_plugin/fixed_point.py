@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from . import adjoints, solvers
-from .adjoints import Adjoint, Call
+from . import adjoints, observe, solvers
+from .adjoints import Adjoint, Call, transforms
 from .errors import ConvergenceWarning, FixedPointError, MapError, OptionError, nearest
 from .solvers import Control, Solver
 from .state import Layout
-from .types import AdjointReport, Iteration, Solution, State
+from .types import AdjointReport, Iteration, Solution, State, Status, describe
 
 __all__ = ["check_control", "fix", "run"]
 
@@ -79,16 +80,33 @@ def fix(
     """
     control = check_control(tol, max_iter, stop, norm)
     control = replace(control, coupled=coupled, callback=callback)
-    solution = run(
-        f, z0, context, control, solvers.registry.resolve(solver), adjoints.registry.resolve(adjoint)
-    )
-    if not bool(solution.converged.all()):
-        failed = int((~solution.converged).sum())
-        message = f"{failed} of {solution.status.numel()} rows did not converge. {solution.describe()}"
+    method, derivative = solvers.registry.resolve(solver), adjoints.registry.resolve(adjoint)
+    work = _outside if torch.compiler.is_compiling() else _fix
+    return work(f, z0, context, control, method, derivative, throw)
+
+
+def _fix(
+    f: Callable[..., State],
+    z0: State,
+    context: tuple[Tensor, ...],
+    control: Control,
+    solver: Solver,
+    adjoint: Adjoint,
+    throw: bool,
+) -> Solution:
+    solution, status = _run(f, z0, context, control, solver, adjoint)
+    converged = status == int(Status.converged)
+    if not bool(converged.all()):
+        failed = int((~converged).sum())
+        message = f"{failed} of {status.numel()} rows did not converge. {describe(status)}"
         if throw:
             raise FixedPointError(message, solution)
-        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
     return solution
+
+
+# A solve takes as many steps as its data need: a compiled model leaves its graph for it.
+_outside: Callable[..., Solution] = torch.compiler.disable(_fix)  # type: ignore[call-arg]
 
 
 def run(
@@ -112,6 +130,20 @@ def run(
         settled: (B,) bool of rows for which ``f`` is constant in the state and ``z0`` its value; see
             :class:`~twnn_plugin.adjoints.equation.Call`.
     """
+    work = _run_outside if torch.compiler.is_compiling() else _run
+    return work(f, z0, context, control, solver, adjoint, settled)[0]
+
+
+def _run(
+    f: Callable[..., State],
+    z0: State,
+    context: tuple[Tensor, ...],
+    control: Control,
+    solver: Solver,
+    adjoint: Adjoint,
+    settled: Tensor | None = None,
+) -> tuple[Solution, Tensor]:
+    """The solution, and its statuses as a plain tensor, which can be looked at under ``vmap``, too."""
     layout, start = Layout.of(z0)
     for index, tensor in enumerate(context):
         if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.shape[0] != start.shape[0]:
@@ -120,11 +152,20 @@ def run(
                 f"Context {index} must be a tensor with {start.shape[0]} rows, one per sample of z0; got "
                 f"{got}. What all rows share belongs into f itself."
             )
+    watch = observe.watch(control, start, solver, adjoint) if observe.listeners() else None
+    if watch is not None:
+        control = replace(control, callback=watch.callback)
     call = Call(f, layout, start, context, solver, control, settled)
     reports: list[AdjointReport] = []
-    outcome = adjoint.run(call, reports)
+    outcome = adjoint.run_transformed(call, reports) if transforms.active() else adjoint.run(call, reports)
     value = layout.unpack(outcome.value)
-    return Solution(value, outcome.status, outcome.steps, outcome.residual, call.evaluations, reports)
+    solution = Solution(value, outcome.status, outcome.steps, outcome.residual, call.evaluations, reports)
+    if watch is not None:
+        watch.finished(solution)
+    return solution, outcome.status if call.plain is None else call.plain.status
+
+
+_run_outside: Callable[..., tuple[Solution, Tensor]] = torch.compiler.disable(_run)  # type: ignore[call-arg]
 
 
 def check_control(tol: float, max_iter: int, stop: str, norm: str) -> Control:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AdjointReport", "Iteration", "PolicyView", "Solution", "State", "Status"]
+__all__ = ["AdjointReport", "Iteration", "PolicyView", "Solution", "State", "Status", "describe"]
 
 State = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """A state: one tensor, or a tuple or dict of tensors; the batch is the first axis of each."""
@@ -49,6 +49,21 @@ _SENTENCES = {
         "wider dtype."
     ),
 }
+
+
+def describe(statuses: Tensor) -> str:
+    """One line for each way in which rows failed: how many, which, and what to do about it.
+
+    Args:
+        statuses: (B,) integers of :class:`Status`.
+    """
+    lines = []
+    for status in list(Status)[1:]:
+        rows = torch.nonzero(statuses == int(status)).flatten().tolist()
+        if rows:
+            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+            lines.append(f"{status.name}: {len(rows)} row(s) [{shown}]. {status.sentence}")
+    return "\n".join(lines) or f"All {statuses.numel()} rows converged."
 
 
 @dataclass
@@ -129,15 +144,7 @@ class Solution:
 
     def describe(self) -> str:
         """One line for each way in which rows failed: how many, which, and what to do about it."""
-        if bool(self.converged.all()):
-            return f"All {self.status.numel()} rows converged."
-        lines = []
-        for status in list(Status)[1:]:
-            rows = torch.nonzero(self.status == int(status)).flatten().tolist()
-            if rows:
-                shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-                lines.append(f"{status.name}: {len(rows)} row(s) [{shown}]. {status.sentence}")
-        return "\n".join(lines)
+        return describe(self.status)
 
 
 @dataclass(frozen=True)

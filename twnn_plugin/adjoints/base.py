@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from ..errors import TransformError
 from ..solvers.base import Outcome
 from ..types import AdjointReport
 from .equation import Call
@@ -32,3 +33,13 @@ class Adjoint(ABC):
             call: the equation, the starting state, the solver and when to stop.
             reports: append an :class:`~twnn_plugin.types.AdjointReport` here when a backward solve ran.
         """
+
+    def run_transformed(self, call: Call, reports: list[AdjointReport]) -> Outcome:
+        """``run`` inside ``torch.func`` transforms or forward-mode AD.
+
+        An adjoint that cannot be transformed raises rather than be wrong.
+        """
+        raise TransformError(
+            f"Adjoint {type(self).__name__} works with .backward() and torch.autograd.grad alone, not inside "
+            "torch.func transforms or forward-mode AD. Use adjoint='implicit', which is closed under them."
+        )

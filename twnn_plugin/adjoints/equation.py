@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,14 +32,39 @@ class Equation:
         self.evaluations = 0
         self.can_leave = bool(context)
 
+    def map(self, z: Tensor, *context: Tensor) -> Tensor:
+        """``f`` as a function of (b, D) states and their context."""
+        return self.layout.pack(self.f(self.layout.unpack(z), *context), z.shape[0])
+
     def evaluate(self, z: Tensor) -> Tensor:
-        rows = z.shape[0]
-        self.evaluations += rows
-        return self.layout.pack(self.f(self.layout.unpack(z), *self.context), rows)
+        self.evaluations += z.shape[0]
+        return self.map(z, *self.context)
 
     def keep(self, rows: Tensor) -> None:
         self.context = tuple(c[rows] for c in self.context)
         self.size = rows.numel()
+
+
+class _Embedded(Equation):
+    """Some rows of an equation without context: ``f`` may close over the batch, so it sees all of it.
+
+    Args:
+        rows: (b,) the indices of the rows that are meant; the states of the others are zero.
+        batch: rows in all.
+    """
+
+    def __init__(self, f: Callable[..., State], layout: Layout, rows: Tensor, batch: int):
+        super().__init__(f, layout, (), rows.numel())
+        self.rows = rows
+        self.batch = batch
+
+    def map(self, z: Tensor, *context: Tensor) -> Tensor:
+        whole = z.new_zeros(self.batch, z.shape[1]).index_copy(0, self.rows, z)
+        return super().map(whole)[self.rows]
+
+    def evaluate(self, z: Tensor) -> Tensor:
+        self.evaluations += self.batch
+        return self.map(z)
 
 
 @dataclass
@@ -56,6 +81,10 @@ class Call:
         settled: (B,) bool of rows for which ``f`` does not depend on the state, and ``z0`` is its value;
             they are not solved for, forward or backward, yet take part in the differentiated
             evaluation. None: no row is.
+        evaluations: rows evaluated so far.
+        rows_left: whether rows left the batch during the forward solve.
+        plain: under a transformation, the outcome on plain tensors: under ``vmap`` it holds the rows of
+            all instances, and it can be looked at.
     """
 
     f: Callable[..., State]
@@ -66,12 +95,24 @@ class Call:
     control: Control
     settled: Tensor | None = None
     evaluations: int = 0
+    rows_left: bool = False
+    plain: Outcome | None = None
 
     def equation(self, rows: Tensor | None = None) -> Equation:
         """The equation of all rows, or of some."""
+        if rows is not None and not self.context:
+            return _Embedded(self.f, self.layout, rows, self.z0.shape[0])
         context = self.context if rows is None else tuple(c[rows] for c in self.context)
         size = self.z0.shape[0] if rows is None else rows.numel()
         return Equation(self.f, self.layout, context, size)
+
+    def rounding(self) -> float:
+        """Relative rounding error of an evaluation, in the widest of the dtypes it goes through."""
+        dtypes = [*self.layout.dtypes, self.layout.dtype]
+        device = self.z0.device.type
+        if torch.is_autocast_enabled(device):
+            dtypes.append(torch.get_autocast_dtype(device))
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
 
     def solve(self) -> Outcome:
         """Solve for every row that is not settled, in the present grad mode."""
@@ -79,8 +120,11 @@ class Call:
         if self.settled is not None and bool(self.settled.any()):
             rows = torch.nonzero(~self.settled).flatten()
         equation = self.equation(rows)
-        outcome = solve(self.solver, equation, self.z0 if rows is None else self.z0[rows], self.control)
+        start = self.z0 if rows is None else self.z0[rows]
+        control = self.control if rows is None else _renumbered(self.control, rows)
+        outcome = solve(self.solver, equation, start, control)
         self.evaluations += equation.evaluations
+        self.rows_left = equation.size < (self.z0.shape[0] if rows is None else rows.numel())
         return outcome if rows is None else self._spread(outcome, rows)
 
     def _spread(self, outcome: Outcome, rows: Tensor) -> Outcome:
@@ -91,3 +135,11 @@ class Call:
             outcome.steps.new_zeros(batch).index_copy(0, rows, outcome.steps),
             outcome.residual.new_zeros(batch).index_copy(0, rows, outcome.residual),
         )
+
+
+def _renumbered(control: Control, rows: Tensor) -> Control:
+    """The stopping rule for some rows, whose callback is told their places in the whole batch."""
+    callback = control.callback
+    if callback is None:
+        return control
+    return replace(control, callback=lambda seen: callback(replace(seen, rows=rows[seen.rows])))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import ConvergenceWarning, MapError
 from ..solvers import Outcome
+from ..solvers.measure import measure, report_residual, threshold
 from ..types import Status
+from . import transforms
+from .capture import Capture, announce
 from .equation import Call
 
-__all__ = ["Tape", "graft"]
+__all__ = ["Again", "Pull", "Tape", "attach", "graft", "refuse"]
 
 
 class _Source(torch.autograd.Function):
@@ -28,22 +34,40 @@ class _Source(torch.autograd.Function):
 
 
 class _Graft(torch.autograd.Function):
-    """Value ``z``; gradient: what ``pull`` makes of the incoming one, handed to ``fz``."""
+    """Value ``z``; gradient: what ``pull`` makes of the incoming one, handed to ``fz``.
+
+    Where the gradient itself is to be differentiated, the graph of ``fz`` does not serve: it starts at a z
+    that knows nothing of the parameters. Then ``again`` gives the gradients of ``inputs``, everything that
+    ``fz`` depends on, as functions of z and of them. ``z0`` gets a gradient of zeros.
+    """
 
     @staticmethod
-    def forward(ctx: Any, fz: Tensor, z: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.pull = pull
-        ctx.save_for_backward(fz)
-        return z.view_as(z)
+    def forward(
+        ctx: Any, fz: Tensor, z: Tensor, z0: Tensor | None, pull: Any, again: Any, *inputs: Tensor
+    ) -> Tensor:
+        ctx.pull, ctx.again = pull, again
+        ctx.start = None if z0 is None else (z0.shape, z0.dtype, z0.device)
+        value = z.view_as(z)
+        ctx.save_for_backward(value, fz, *inputs)
+        return value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (fz,) = ctx.saved_tensors
-        with torch.no_grad():
-            u = ctx.pull(grads[0])
-        if torch.is_grad_enabled():  # create_graph=True
-            u = _Refuse.apply(u, fz, grads[0])
-        return u, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        z0 = None
+        if ctx.start is not None and ctx.needs_input_grad[2]:
+            shape, dtype, device = ctx.start
+            z0 = torch.zeros(shape, dtype=dtype, device=device)
+        others = [None] * (len(ctx.needs_input_grad) - 5)
+        if not torch.is_grad_enabled() and not transforms.active():
+            return ctx.pull(g), None, z0, None, None, *others
+        value, fz, *inputs = ctx.saved_tensors  # create_graph=True, or is_grads_batched=True
+        try:
+            return None, None, z0, None, None, *ctx.again(g, value, inputs)
+        except MapError as error:
+            with torch.no_grad():
+                u = ctx.pull(g)
+            return _Refuse.apply(str(error), u, fz, g), None, z0, None, None, *others
 
 
 class _Refuse(torch.autograd.Function):
@@ -54,15 +78,13 @@ class _Refuse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+    def forward(ctx: Any, reason: str, u: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        ctx.reason = reason
         return u.view_as(u)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "This adjoint of fix gives first derivatives only: trying to differentiate twice. Use "
-            "adjoint='unrolled', whose derivatives of any order are right."
-        )
+        raise RuntimeError(f"Trying to differentiate twice through fix. {ctx.reason}")
 
 
 class Tape:
@@ -73,19 +95,30 @@ class Tape:
         z: (b, D) states.
         rows: (b,) their indices in the batch; None: all of them, in order.
         attached: whether the graph reaches the context (for the last product) or the state alone.
+
+    Attributes:
+        inputs: if attached, the context and then the tensors requiring a gradient that ``f`` closes over.
     """
 
     def __init__(self, call: Call, z: Tensor, rows: Tensor | None, attached: bool):
         self.equation = call.equation(rows)
+        self.inputs: tuple[Tensor, ...] = ()
         if not attached:
             self.equation.context = tuple(c.detach() for c in self.equation.context)
         with torch.enable_grad():
             self.z = _Source.apply(z.detach().requires_grad_())
-            self.fz = self.equation.evaluate(self.z)
+            assert isinstance(self.z, Tensor)
+            if attached:
+                with Capture((self.z, *self.equation.context)) as capture:
+                    self.fz = self.equation.evaluate(self.z)
+                self.inputs = (*self.equation.context, *capture.found.values())
+            else:
+                self.fz = self.equation.evaluate(self.z)
         call.evaluations += self.equation.evaluations
 
     def pull(self, u: Tensor) -> Tensor:
         """``J^T u`` for a (b, D) matrix of cotangents."""
+        assert isinstance(self.z, Tensor)
         (product,) = torch.autograd.grad(
             self.fz, self.z, u, retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -106,7 +139,93 @@ class Tape:
         return False
 
 
-def graft(call: Call, outcome: Outcome, pull: Callable[[Tape, Tensor, Tensor | None], Tensor]) -> Outcome:
+Pull = Callable[[Tape, Tensor, Tensor | None], Tensor]
+"""Makes of (tape, g, rows) the cotangent that ``f``'s own backward is given.
+
+g is (b, D); rows are the (b,) indices in the batch, or None for all.
+"""
+
+Again = Callable[[Tape, Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
+"""Makes of (tape, g, z, inputs) the gradients of the tape's inputs, differentiably."""
+
+
+def refuse(name: str) -> Callable[..., list[Tensor | None]]:
+    """The ``again`` of an adjoint whose gradient is an approximation and has no derivative to speak of."""
+
+    def again(*given: Any) -> list[Tensor | None]:
+        raise MapError(
+            f"Adjoint {name!r} approximates the first derivative and has no second one. Use "
+            "adjoint='implicit' or 'unrolled', whose derivatives of any order are right."
+        )
+
+    return again
+
+
+def attach(
+    source: Tensor,
+    z: Tensor,
+    z0: Tensor | None,
+    pull: Callable[[Tensor], Tensor],
+    again: Callable[[Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor | None]],
+    inputs: Sequence[Tensor] = (),
+) -> Tensor:
+    """The value ``z`` with the gradient that ``pull`` hands to ``source``.
+
+    Args:
+        source: (b, D), with a graph.
+        z: (b, D), without one.
+        z0: gets a gradient of zeros; ``None``: nothing to give it to.
+        pull: of the incoming gradient.
+        again: of (g, z, inputs): the gradients of ``inputs`` where they are to be differentiated again.
+        inputs: all that ``source`` depends on.
+    """
+    value = _Graft.apply(source, z, z0, pull, again, *inputs)
+    assert isinstance(value, Tensor)
+    announce(value)
+    return value
+
+
+_SLACK = 4.0  # a residual this many times the tolerance is no matter of rounding
+_FLOOR = 64.0  # roundings in which the same row may differ between batches
+
+
+@torch.no_grad()
+def _check_rows(call: Call, outcome: Outcome, tape: Tape, rows: Tensor | None) -> Outcome:
+    """Look at what the graph's evaluation shows for nothing: the residuals in the whole batch.
+
+    A row that converged among few others and is not at rest among all of them depends on the others.
+    """
+    if not call.rows_left:
+        return outcome
+    status = outcome.status if rows is None else outcome.status[rows]
+    z, fz = tape.z, tape.fz
+    assert isinstance(z, Tensor)
+    control = call.control
+    change, size = measure(fz - z, fz, control.norm, control.parts)
+    bound = _SLACK * threshold(size, control) + _FLOOR * call.rounding() * size
+    moving = (change > bound) & (status == int(Status.converged))
+    if not bool(moving.any()):
+        return outcome
+    local = torch.nonzero(moving).flatten()
+    where = local if rows is None else rows[local]
+    shown = ", ".join(map(str, where[:8].tolist())) + (", ..." if where.numel() > 8 else "")
+    warnings.warn(
+        f"{where.numel()} row(s) [{shown}] converged after others had left the batch, but move again when "
+        "evaluated with all of them: the rows of f influence each other (batch statistics?), or f is random. "
+        "They are reported as stagnated. Pass coupled=True, or make f one fixed map of each row.",
+        ConvergenceWarning,
+        stacklevel=2,
+    )
+    return replace(
+        outcome,
+        status=outcome.status.index_fill(0, where, int(Status.stagnated)),
+        residual=outcome.residual.index_copy(
+            0, where, report_residual(change, size, control)[local].to(outcome.residual.dtype)
+        ),
+    )
+
+
+def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
     """Give the outcome's value a gradient by one evaluation of ``f`` with a graph.
 
     Rows with non-finite values stay out of that evaluation: through the weights they would make
@@ -115,8 +234,8 @@ def graft(call: Call, outcome: Outcome, pull: Callable[[Tape, Tensor, Tensor | N
     Args:
         call: the equation.
         outcome: its solution, without a graph.
-        pull: makes of (tape, g, rows) the cotangent that ``f``'s own backward is given; g is (b, D)
-            and rows are the (b,) indices in the batch, or None for all.
+        pull: gives the gradient.
+        again: gives it where it is to be differentiated again; raises ``MapError`` where it cannot.
     """
     if not torch.is_grad_enabled() or outcome.value.numel() == 0:
         return outcome
@@ -128,9 +247,18 @@ def graft(call: Call, outcome: Outcome, pull: Callable[[Tape, Tensor, Tensor | N
         return outcome
     z = outcome.value if rows is None else outcome.value[rows]
     tape = Tape(call, z, rows, attached=True)
-    if not tape.reaches_a_leaf():
+    outcome = _check_rows(call, outcome, tape, rows)
+    start = call.z0 if call.z0.requires_grad else None
+    if start is None and not tape.reaches_a_leaf():
         return outcome
-    value = _Graft.apply(tape.fz, z, lambda g: pull(tape, g, rows))
+    value = attach(
+        tape.fz,
+        z,
+        start,
+        lambda g: pull(tape, g, rows),
+        lambda g, value, inputs: again(tape, g, value, inputs),
+        tape.inputs,
+    )
     if rows is not None:
         value = outcome.value.index_copy(0, rows, value)
     return Outcome(value, outcome.status, outcome.steps, outcome.residual)

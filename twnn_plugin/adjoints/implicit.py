@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..solvers import Control, Outcome, Solver, StepSolver, registry, solve
+from ..errors import MapError, OptionError
+from ..solvers import Outcome, Solver
+from ..solvers.linear import LinearSolver
 from ..types import AdjointReport, Status
 from .base import Adjoint
+from .capture import announce, close, substituted
 from .equation import Call, Equation
 from .graft import Tape, graft
+from .linear import LinearSettings, Products, named, solve_linear, spread
+from .maps import Primal
+from .operator import Method, apply, pull_back
 
 __all__ = ["Implicit"]
+
+_DEFAULT = "anderson"
 
 
 @dataclass(frozen=True)
@@ -26,74 +34,152 @@ class Implicit(Adjoint):
     Exact up to the tolerance (equation 8 of Habiba & Pearlmutter 2021; equation 5 of Mathur & Plis
     2023; the implicit function theorem). Memory: one evaluation of ``f``. Rows leave the backward
     solve as they leave the forward one. A row whose backward solve fails gets ``u = g``, the
-    one-step gradient, and its status says so. Second derivatives raise.
+    one-step gradient, and its status says so.
+
+    Closed under differentiation: derivatives of any order, forward mode (``v = J v + r``) and the
+    transforms of ``torch.func`` are fixed points too, solved for in the same way.
 
     Args:
-        solver: name or instance of the solver of the linear equation; ``None``: ``"anderson"``,
-            which is a truncated Krylov method on a linear map.
+        solver: of the linear equation: the name of a linear solver (``"gcr"``, ``"gmres"``, ``"bicgstab"``,
+            ``"neumann"``, ``"auto"``) or of a solver (``"anderson"``, ``"picard"``, ...), or an instance;
+            ``None``: ``"anderson"``, which is a truncated Krylov method on a linear map.
         tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve.
-        max_iter: vector-Jacobian products per row; ``None``: as many as the forward solve had, but
+        max_iter: products with the Jacobian per row; ``None``: as many as the forward solve had, but
             at least 20.
+        warm_start: start from the last backward solve of this instance with the same shape, in rows
+            where that is nearer. It pays where the same samples come again in the same order, and costs
+            one product where they do not. First derivatives only.
     """
 
-    solver: str | Solver | None = None
+    solver: str | Solver | LinearSolver | None = None
     tol: float | None = None
     max_iter: int | None = None
+    warm_start: bool = False
+    _last: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     exact: ClassVar[bool] = True
+    name: ClassVar[str] = "implicit"
+    joint: ClassVar[bool] = False
+    default_solver: ClassVar[str] = _DEFAULT
 
     def __post_init__(self) -> None:
         if self.tol is not None and not self.tol > 0:
-            raise OptionError(f"Option tol of adjoint 'implicit' must be positive; got {self.tol!r}.")
-        if self.max_iter is not None and self.max_iter < 1:
+            raise OptionError(f"Option tol of adjoint {self.name!r} must be positive; got {self.tol!r}.")
+        whole = isinstance(self.max_iter, int) and not isinstance(self.max_iter, bool)
+        if self.max_iter is not None and (not whole or self.max_iter < 1):
             raise OptionError(
-                f"Option max_iter of adjoint 'implicit' must be at least 1; got {self.max_iter!r}."
+                f"Option max_iter of adjoint {self.name!r} must be a whole number, at least 1; got "
+                f"{self.max_iter!r}."
             )
-        registry.resolve(self.solver if self.solver is not None else "anderson")
+        if self.solver is not None:
+            named(self.solver)
 
     def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
         with torch.no_grad():
             outcome = call.solve()
-        autocast = _autocast_state(call.z0.device.type)
+        settings, autocast = self._settings(call), _autocast_state(call.z0.device.type)
 
         def pull(tape: Tape, g: Tensor, rows: Tensor | None) -> Tensor:
             with autocast():
-                return self._solve(call, outcome.value, tape, g, rows, reports)
+                return self._solve(call, settings, outcome.value, tape, g, rows, reports)
 
-        return graft(call, outcome, pull)
+        def again(tape: Tape, g: Tensor, z: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+            method = self._method(call, settings, reports)
+            return _differentiable(call, method, autocast, tape, g, z, inputs)
+
+        return graft(call, outcome, pull, again)
+
+    def run_transformed(self, call: Call, reports: list[AdjointReport]) -> Outcome:
+        method = self._method(call, self._settings(call), reports)
+        context = tuple(substituted(c) for c in call.context)
+        closed = close(call.equation().map, (call.z0, *context), every=True)
+        captured = tuple(substituted(c) for c in closed.captured)
+        per_row = (True,) * len(context) + (False,) * len(captured)
+        h = Primal(closed, per_row, bool(context), _autocast_state(call.z0.device.type))
+        outcome = Outcome(*apply(h, method, call.z0, *context, *captured))
+        call.evaluations += sum(method.evaluations)
+        call.plain = method.outcomes[0]
+        announce(call.plain.status)  # fix looks at it
+        return outcome
+
+    def _settings(self, call: Call) -> LinearSettings:
+        solver = named(self.solver if self.solver is not None else self.default_solver)
+        max_iter = self.max_iter or max(call.control.max_iter, 20)
+        return LinearSettings(solver, self.tol or call.control.tol, max_iter, call.control.coupled)
+
+    def _method(self, call: Call, settings: LinearSettings, reports: list[AdjointReport]) -> Method:
+        control = replace(call.control, callback=None) if call.control.callback else call.control
+        return Method(call.solver, control, settings, self.joint, self.name, call.rounding(), reports)
 
     def _solve(
-        self, call: Call, z: Tensor, tape: Tape, g: Tensor, rows: Tensor | None, reports: list[AdjointReport]
+        self,
+        call: Call,
+        settings: LinearSettings,
+        z: Tensor,
+        tape: Tape,
+        g: Tensor,
+        rows: Tensor | None,
+        reports: list[AdjointReport],
     ) -> Tensor:
-        solver = registry.resolve(self.solver if self.solver is not None else "anderson")
-        scale = torch.linalg.vector_norm(g, dim=1)
-        control = Control(
-            tol=max(self.tol or call.control.tol, 4 * torch.finfo(g.dtype).eps),
-            max_iter=self.max_iter or max(call.control.max_iter, 20),
-            scale=scale if isinstance(solver, StepSolver) else None,
-            coupled=call.control.coupled,
-        )
-        problem = _Linear(call, z, tape, g, rows)
+        present = torch.arange(z.shape[0], device=z.device) if rows is None else rows
+
+        def renew(keep: Tensor) -> Callable[[Tensor], Tensor]:
+            nonlocal present
+            present = present[keep]
+            return Tape(call, z[present], present, attached=False).pull
+
+        problem = Products(tape.pull, g, call.rounding(), renew if call.context else None)
         live = _live(call, rows)
         if live is None:
-            solved = solve(solver, problem, g, control)
-            u = _checked(solved, g)
+            solved = solve_linear(problem, settings, self._guess(g))
+        elif live.numel() == 0:
+            solved = _nothing_to_solve(g)
         else:  # rows that do not depend on z have u = g
-            solved, u = _nothing_to_solve(g), g
-            if live.numel():
-                problem.keep(live)
-                part = solve(solver, problem, g[live], replace(control, scale=_pick(control.scale, live)))
-                u = g.index_copy(0, live, _checked(part, g[live]))
-                solved = Outcome(
-                    u,
-                    solved.status.index_copy(0, live, part.status),
-                    solved.steps.index_copy(0, live, part.steps),
-                    solved.residual.index_copy(0, live, part.residual),
-                )
+            problem.keep(live)
+            solved = _nothing_to_solve(g)
+            solved = spread(
+                solve_linear(problem, settings),
+                live,
+                (solved.value, solved.status, solved.steps, solved.residual),
+            )
+        if self.warm_start:
+            self._last[(*g.shape, g.dtype, g.device)] = solved.value
         reports.append(
-            AdjointReport("implicit", True, *_whole(solved, rows, call), evaluations=problem.evaluations)
+            AdjointReport(self.name, True, *_whole(solved, rows, call), evaluations=problem.evaluations)
         )
-        return u
+        return solved.value
+
+    def _guess(self, g: Tensor) -> Tensor | None:
+        return self._last.get((*g.shape, g.dtype, g.device)) if self.warm_start else None
+
+
+def _differentiable(
+    call: Call,
+    method: Method,
+    autocast: Callable[[], Any],
+    tape: Tape,
+    g: Tensor,
+    z: Tensor,
+    inputs: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The gradients of a tape's inputs as functions of them and of the solution z."""
+    closed = close(tape.equation.map, (z, *tape.equation.context), every=False)
+    stand_in = {id(old): new for old, new in zip(tape.inputs, inputs, strict=True)}
+    if any(id(tensor) not in stand_in for tensor in closed.captured):
+        raise MapError("f uses other tensors now than in the forward pass.")
+    count = len(tape.equation.context)
+    arguments = [*inputs[:count], *(stand_in[id(tensor)] for tensor in closed.captured)]
+    h = Primal(closed, (True,) * count + (False,) * len(closed.captured), bool(call.context), autocast)
+    wanted = [i for i, x in enumerate(arguments) if x.requires_grad]
+    status = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)  # broken rows are not here
+    found = dict(
+        zip(
+            (id(arguments[i]) for i in wanted),
+            pull_back(h, method, z, status, arguments, wanted, g),
+            strict=True,
+        )
+    )
+    return [found.get(id(x)) for x in inputs]
 
 
 def _live(call: Call, rows: Tensor | None) -> Tensor | None:
@@ -105,19 +191,9 @@ def _live(call: Call, rows: Tensor | None) -> Tensor | None:
     return live if live.numel() < Equation.leave_share * settled.numel() else None
 
 
-def _checked(solved: Outcome, g: Tensor) -> Tensor:
-    """The solution, with the one-step gradient in rows that failed."""
-    failed = (solved.status == int(Status.diverged)) | (solved.status == int(Status.non_finite))
-    return torch.where(failed[:, None], g, solved.value)
-
-
 def _nothing_to_solve(g: Tensor) -> Outcome:
     status = torch.full((g.shape[0],), int(Status.converged), device=g.device)
     return Outcome(g, status, torch.zeros_like(status), torch.zeros_like(g[:, 0]))
-
-
-def _pick(scale: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if scale is None else scale[rows]
 
 
 def _whole(solved: Outcome, rows: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,34 +207,9 @@ def _whole(solved: Outcome, rows: Tensor | None, call: Call) -> tuple[Tensor, Te
     return status, steps, residual
 
 
-def _autocast_state(device: str) -> Any:
+def _autocast_state(device: str) -> Callable[[], Any]:
     """The present autocast setting, to be entered again in the backward pass."""
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext
     dtype = torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype)
-
-
-class _Linear:
-    """``u -> J^T u + g`` at the solution (a ``Problem``).
-
-    The graph of one evaluation serves all products. When most rows are done, ``f`` is evaluated once
-    more on the others, so that later products cost what those rows cost.
-    """
-
-    leave_share = 0.5  # a new graph costs about one product
-
-    def __init__(self, call: Call, z: Tensor, tape: Tape, g: Tensor, rows: Tensor | None):
-        self.call, self.z, self.tape, self.g = call, z, tape, g
-        self.rows = torch.arange(z.shape[0], device=z.device) if rows is None else rows
-        self.size = g.shape[0]
-        self.evaluations = 0
-        self.can_leave = bool(call.context)
-
-    def evaluate(self, z: Tensor) -> Tensor:
-        self.evaluations += self.size
-        return self.tape.pull(z) + self.g
-
-    def keep(self, rows: Tensor) -> None:
-        self.rows, self.g, self.size = self.rows[rows], self.g[rows], rows.numel()
-        self.tape = Tape(self.call, self.z[self.rows], self.rows, attached=False)

@@ -11,7 +11,7 @@ from ..solvers import Outcome
 from ..types import AdjointReport, Status
 from .base import Adjoint
 from .equation import Call
-from .graft import graft
+from .graft import graft, refuse
 
 __all__ = ["OneStep"]
 
@@ -38,4 +38,4 @@ class OneStep(Adjoint):
             reports.append(AdjointReport("one_step", False, converged, one, unknown, g.shape[0]))
             return g
 
-        return graft(call, outcome, pull)
+        return graft(call, outcome, pull, refuse("one_step"))

@@ -13,6 +13,7 @@ from ..solvers import Outcome
 from ..types import AdjointReport, Status
 from .base import Adjoint
 from .equation import Call
+from .graft import attach, refuse
 
 __all__ = ["Phantom"]
 
@@ -58,9 +59,13 @@ class Phantom(Adjoint):
         call.evaluations += equation.evaluations
         if not z.requires_grad:
             return outcome
+
+        def pull(g: Tensor) -> Tensor:
+            self._report(outcome, g, reports)
+            return g
+
         # The value stays the solution, with and without gradients; the steps give the gradient alone.
-        value = start + (z - z.detach())
-        value.register_hook(lambda g: self._report(outcome, g, reports))
+        value = attach(z, start, None, pull, refuse("phantom"))
         if rows is not None:
             value = outcome.value.index_copy(0, rows, value)
         return Outcome(value, outcome.status, outcome.steps, outcome.residual)

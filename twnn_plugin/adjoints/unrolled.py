@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from ..solvers import Outcome
-from ..types import AdjointReport
+from ..types import AdjointReport, Status
+from . import transforms
 from .base import Adjoint
 from .equation import Call
 
@@ -26,8 +27,27 @@ class Unrolled(Adjoint):
 
     exact: ClassVar[bool] = False
 
-    def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
+    def run_transformed(self, call: Call, reports: list[AdjointReport]) -> Outcome:
+        return self.run(call, reports)  # the iterates carry every level and tangent by themselves
+
+    def _solve(self, call: Call) -> Outcome:
         outcome = call.solve()
+        if not torch.is_grad_enabled() or not call.context or transforms.active():
+            return outcome
+        broken = outcome.status == int(Status.non_finite)
+        if not bool(broken.any()):
+            return outcome
+        # The evaluations of a row with NaN would make the gradient of every weight NaN, even that of a loss
+        # which ignores the row: the others are solved for without it. They are independent of it.
+        left_out = broken if call.settled is None else broken | call.settled
+        others = replace(call, settled=left_out, evaluations=0, control=replace(call.control, callback=None))
+        others.z0 = torch.where(left_out[:, None], outcome.value.detach(), call.z0)
+        again = others.solve()
+        call.evaluations += others.evaluations
+        return replace(outcome, value=again.value)
+
+    def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
+        outcome = self._solve(call)
         if call.settled is None or not bool(call.settled.any()) or not torch.is_grad_enabled():
             return outcome
         # Settled rows were not iterated; one evaluation gives them their share of the gradient.

@@ -1,0 +1,220 @@
+"""Closure conversion: the tensors that a function uses without being given them, made arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..errors import MapError
+from ..trees import leaves, rebuild
+
+__all__ = ["Capture", "Closed", "announce", "close", "substituted", "unwatched"]
+
+_OPAQUE = (
+    "This derivative needs f as a function of every tensor it uses, and {what}: part of it is code "
+    "that torch functions do not see, such as a custom torch.autograd.Function or a scripted module. Write "
+    "that part with torch functions, or use adjoint='unrolled'."
+)
+
+
+class _Watch(TorchFunctionMode):
+    """Knows, of every tensor, whether it was made since the mode was entered."""
+
+    active: list[_Watch] = []  # noqa: RUF012 - innermost last
+
+    def __init__(self, given: Iterable[Tensor]):
+        super().__init__()
+        self.given = tuple(given)
+        self.asleep = False
+        # Weak, so that watching keeps no intermediate result alive; an id alone may be used again.
+        self.made: dict[int, weakref.ref[Tensor]] = {}
+        for tensor in self.given:
+            self.make(tensor)
+
+    def __enter__(self) -> Any:
+        announce(*self.given)
+        _Watch.active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _Watch.active.remove(self)
+        super().__exit__(*error)
+
+    def make(self, tensor: Tensor) -> None:
+        self.made[id(tensor)] = weakref.ref(tensor)
+
+    def knows(self, tensor: Tensor) -> bool:
+        reference = self.made.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+    def _make_all(self, out: Any) -> None:
+        if isinstance(out, Tensor):
+            if not self.skips(out):
+                self.make(out)
+        elif isinstance(out, (tuple, list, dict)):
+            for leaf in leaves(out):
+                if isinstance(leaf, Tensor) and not self.skips(leaf):
+                    self.make(leaf)
+
+    def skips(self, tensor: Tensor) -> bool:
+        """Whether what a function returned is not new: a captured tensor that it wrote to."""
+        return False
+
+
+class Capture(_Watch):
+    """Notes the tensors that are used and were neither given nor made inside.
+
+    Args:
+        given: tensors that are known.
+        every: note all of them; else only those that require a gradient.
+    """
+
+    def __init__(self, given: Iterable[Tensor], every: bool = False):
+        super().__init__(given)
+        self.every = every
+        self.found: dict[int, Tensor] = {}
+
+    def skips(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.found
+
+    def _see(self, tensor: Tensor) -> None:
+        if id(tensor) not in self.found and not self.knows(tensor) and (self.every or tensor.requires_grad):
+            self.found[id(tensor)] = tensor
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if self.asleep:
+            return func(*args, **(kwargs or {}))
+        for argument in args:
+            if isinstance(argument, Tensor):
+                self._see(argument)
+            elif isinstance(argument, (tuple, list, dict)):
+                for leaf in leaves(argument):
+                    if isinstance(leaf, Tensor):
+                        self._see(leaf)
+        if kwargs:
+            for leaf in leaves(kwargs):
+                if isinstance(leaf, Tensor):
+                    self._see(leaf)
+            out = func(*args, **kwargs)
+        else:
+            out = func(*args)
+        self._make_all(out)
+        return out
+
+
+class _Substitute(_Watch):
+    """Puts other tensors in the place of captured ones."""
+
+    def __init__(self, given: Iterable[Tensor], places: dict[int, Tensor], constants: dict[int, Tensor]):
+        super().__init__((*given, *places.values()))
+        self.places = places
+        self.constants = constants
+
+    def _swap(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        other = self.places.get(id(leaf))
+        if other is not None:
+            return other
+        if not self.knows(leaf) and id(leaf) not in self.constants:
+            raise MapError(_OPAQUE.format(what="f uses another tensor now than when it was first evaluated"))
+        return leaf
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if self.asleep:
+            return func(*args, **(kwargs or {}))
+        out = func(*rebuild(tuple(args), self._swap), **rebuild(kwargs or {}, self._swap))
+        self._make_all(out)
+        return out
+
+
+def announce(*tensors: Tensor) -> None:
+    """Tell the watching modes of tensors that were made where they cannot see it."""
+    for watch in _Watch.active:
+        for tensor in tensors:
+            watch.make(tensor)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Where everything is explicit, and what is made need not be followed."""
+    awake = [watch for watch in _Watch.active if not watch.asleep]
+    for watch in awake:
+        watch.asleep = True
+    try:
+        yield
+    finally:
+        for watch in awake:
+            watch.asleep = False
+
+
+def substituted(tensor: Tensor) -> Tensor:
+    """What stands for ``tensor`` inside the functions that are being evaluated now."""
+    for watch in reversed(_Watch.active):
+        if isinstance(watch, _Substitute):
+            tensor = watch.places.get(id(tensor), tensor)
+    return tensor
+
+
+class Closed:
+    """A function of (z, *context, *captured) that depends on nothing else.
+
+    Attributes:
+        captured: the tensors it closed over, in the order of its last arguments.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], captured: Sequence[Tensor], constants: Sequence[Tensor]
+    ):
+        self.function = function
+        self.captured = tuple(captured)
+        self._constants = {id(tensor): tensor for tensor in constants}
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        split = len(arguments) - len(self.captured)
+        given, stand_ins = arguments[:split], arguments[split:]
+        places = {id(old): new for old, new in zip(self.captured, stand_ins, strict=True)}
+        with _Substitute(given, places, self._constants):
+            return self.function(*given)
+
+
+def close(function: Callable[..., Tensor], arguments: Sequence[Tensor], every: bool) -> Closed:
+    """Evaluate ``function`` twice to find what it closes over, and make that its arguments.
+
+    Twice, because a tensor that it makes out of sight is another object each time, while one that
+    it closes over is the same.
+
+    Args:
+        function: of tensors, to a tensor.
+        arguments: to evaluate it at.
+        every: make all captured tensors arguments; else those that require a gradient.
+
+    Raises:
+        MapError: part of it happens out of sight of torch functions.
+    """
+    runs = []
+    with torch.no_grad():
+        for _ in range(2):
+            with Capture(arguments, every=True) as capture:
+                out = function(*arguments)
+            if not capture.knows(out) and id(out) not in capture.found:
+                raise MapError(_OPAQUE.format(what="it cannot be seen what f returns"))
+            runs.append(capture)
+    first, second = runs
+    captured, constants = [], []
+    for key, tensor in second.found.items():
+        # What the first run made and the second one uses was made once and kept: a constant of f.
+        if key not in first.found and not first.knows(tensor):
+            raise MapError(_OPAQUE.format(what="it uses a tensor that it did not use before"))
+        (captured if every or tensor.requires_grad else constants).append(tensor)
+    return Closed(function, captured, constants)

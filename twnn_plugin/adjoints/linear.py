@@ -1,0 +1,165 @@
+"""The linear equation of an adjoint, ``u = A u + g``, by any solver of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import solvers
+from ..errors import OptionError, UnknownNameError, nearest
+from ..solvers import Control, Outcome, Solver, StepSolver, linear
+from ..solvers.linear import LinearSolver
+from ..types import Status
+
+__all__ = ["LinearSettings", "Products", "known", "named", "solve_linear"]
+
+_ULPS = 4  # a tolerance below this many roundings cannot be met
+
+
+def known() -> list[str]:
+    """Names of everything that solves the linear equation, linear solvers first."""
+    names = linear.registry.names()
+    return [*names, *(name for name in solvers.registry.names() if name not in names)]
+
+
+def named(solver: str | Solver | LinearSolver) -> Solver | LinearSolver:
+    """A solver of the linear equation by name or instance; a linear one where a name stands for both.
+
+    Raises:
+        UnknownNameError: neither a linear solver nor a solver has that name.
+        OptionError: not a name or an instance of either.
+    """
+    if isinstance(solver, (Solver, LinearSolver)):
+        return solver
+    if not isinstance(solver, str):
+        raise OptionError(
+            f"An adjoint's solver is a name, tw.solver(...) or tw.linear_solver(...); got {solver!r}."
+        )
+    names = known()
+    if solver not in names:
+        raise UnknownNameError(
+            f"No solver {solver!r} for the adjoint equation.{nearest(solver, names)} There are: "
+            f"{', '.join(names)}."
+        )
+    return (
+        linear.registry.make(solver) if solver in linear.registry.names() else solvers.registry.make(solver)
+    )
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """How the linear equations of one adjoint are solved.
+
+    Attributes:
+        solver: an instance.
+        tol: relative to ``||g||``, row by row.
+        max_iter: products per row at most.
+        coupled: rows influence each other.
+    """
+
+    solver: Solver | LinearSolver
+    tol: float
+    max_iter: int
+    coupled: bool = False
+
+
+class Products:
+    """``A`` by its products, and ``u -> A u + g``: a problem for both kinds of solvers.
+
+    Args:
+        product: of a (b, D) matrix.
+        g: (b, D).
+        eps: relative rounding error of a product.
+        renew: given the indices of the rows to go on with, their ``product``; ``None``: no row leaves.
+    """
+
+    leave_share = 0.5  # preparing the products of fewer rows costs about one product
+
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        g: Tensor,
+        eps: float,
+        renew: Callable[[Tensor], Callable[[Tensor], Tensor]] | None,
+    ):
+        self._product, self.g, self.eps, self._renew = product, g, eps, renew
+        self.size = g.shape[0]
+        self.evaluations = 0
+        self.can_leave = renew is not None
+
+    def product(self, u: Tensor) -> Tensor:
+        self.evaluations += self.size
+        return self._product(u)
+
+    def evaluate(self, z: Tensor) -> Tensor:
+        return self.product(z) + self.g
+
+    def keep(self, rows: Tensor) -> None:
+        assert self._renew is not None
+        self.g, self.size = self.g[rows], rows.numel()
+        self._product = self._renew(rows)
+
+
+def solve_linear(problem: Products, settings: LinearSettings, guess: Tensor | None = None) -> Outcome:
+    """Solve ``u = A u + g`` row by row; a row that fails gets ``u = g``.
+
+    Args:
+        problem: the equation.
+        settings: the solver and when it stops.
+        guess: (b, D) a solution of a similar equation; used in rows where it is nearer than ``u = g`` is
+            taken to be.
+    """
+    g = problem.g
+    scale = torch.linalg.vector_norm(g, dim=1)
+    control = Control(
+        tol=max(settings.tol, _ULPS * torch.finfo(g.dtype).eps),
+        max_iter=settings.max_iter,
+        scale=scale,
+        coupled=settings.coupled,
+    )
+    if guess is not None and control.max_iter > 1:
+        return _from_guess(problem, settings, control, guess)
+    return _checked(_solve(settings.solver, problem, g, control), g)
+
+
+def _solve(solver: Solver | LinearSolver, problem: Products, g: Tensor, control: Control) -> Outcome:
+    if isinstance(solver, LinearSolver):
+        return solver.solve(problem, g, control)
+    if not isinstance(solver, StepSolver):  # measures against what it knows
+        control = replace(control, scale=None)
+    return solvers.solve(solver, problem, g, control)
+
+
+def _from_guess(problem: Products, settings: LinearSettings, control: Control, guess: Tensor) -> Outcome:
+    # The correction d to the guess solves d = A d + (g + A guess - guess).
+    g = problem.g
+    rest = problem.evaluate(guess) - guess
+    near = torch.linalg.vector_norm(rest, dim=1) < 0.5 * torch.linalg.vector_norm(g, dim=1)
+    start = torch.where(near[:, None], guess, 0.0)
+    problem.g = torch.where(near[:, None], rest, g)
+    control = replace(control, max_iter=control.max_iter - 1)
+    outcome = _checked(_solve(settings.solver, problem, problem.g, control), problem.g)
+    failed = _failed(outcome.status)[:, None]
+    return replace(outcome, value=torch.where(failed, g, start + outcome.value), steps=outcome.steps + 1)
+
+
+def _failed(status: Tensor) -> Tensor:
+    return (status == int(Status.diverged)) | (status == int(Status.non_finite))
+
+
+def _checked(outcome: Outcome, g: Tensor) -> Outcome:
+    return replace(outcome, value=torch.where(_failed(outcome.status)[:, None], g, outcome.value))
+
+
+def spread(outcome: Outcome, rows: Tensor, into: Sequence[Tensor]) -> Outcome:
+    """The outcome of some rows put into (value, status, steps, residual) of the whole batch."""
+    value, status, steps, residual = into
+    return Outcome(
+        value.index_copy(0, rows, outcome.value),
+        status.index_copy(0, rows, outcome.status),
+        steps.index_copy(0, rows, outcome.steps),
+        residual.index_copy(0, rows, outcome.residual.to(residual.dtype)),
+    )
