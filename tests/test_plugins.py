@@ -26,7 +26,7 @@ from twnn_plugin.plugins import PluginHost
 from twnn_plugin.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("solvers", "adjoints", "blocks", "gates", "policies", "backbones")
+KINDS = ("solvers", "linear_solvers", "adjoints", "blocks", "gates", "policies", "backbones")
 HOOKS = [f"twnn_register_{kind}" for kind in KINDS]
 
 
@@ -94,7 +94,7 @@ def register_outside(host: PluginHost, kind: str, factory) -> None:
 def test_every_hook_has_a_test():
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    specified = {name for name in vars(manager.hook) if not name.startswith("_")}
+    specified = {name for name in vars(manager.hook) if name.startswith("twnn_register_")}
     assert specified == set(HOOKS)
     assert {name for name in globals() if name.startswith("test_hook_")} >= {f"test_hook_{n}" for n in HOOKS}
 
@@ -133,6 +133,25 @@ def test_hook_twnn_register_solvers(real_host):
     assert solution.converged.all()
     assert solution.steps.tolist() == [2, 2, 2]
     torch.testing.assert_close(solution.value, torch.full((3, 2), 10.0))
+
+
+def test_hook_twnn_register_linear_solvers(real_host):
+    @dataclass(frozen=True)
+    class Inverse(tw.linear_solvers.LinearSolver):
+        """Solves ``u = a u + g`` for a number a, from one product."""
+
+        def solve(self, problem, rhs, control):
+            u = rhs / (1 - problem.product(rhs) / rhs)
+            converged = torch.zeros(rhs.shape[0], dtype=torch.long)
+            return tw.solvers.Outcome(u, converged, converged + 1, torch.zeros(rhs.shape[0]))
+
+    register_outside(real_host, "linear_solvers", Inverse)
+    x = torch.ones(3, 2, requires_grad=True)
+    adjoint = tw.adjoint("implicit", solver="outsider")
+    solution = tw.fix(lambda z, x: 0.9 * z + x, torch.zeros(3, 2), x, adjoint=adjoint, tol=1e-6)
+    solution.value.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((3, 2), 10.0))
+    assert solution.adjoint.evaluations == 3
 
 
 def test_hook_twnn_register_adjoints(real_host):

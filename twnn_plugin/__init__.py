@@ -7,11 +7,20 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from . import adjoints, backbones, blocks, gates, plugins, policies, solvers
+from . import adjoints, backbones, blocks, constraints, gates, observe, plugins, policies, solvers
 from .backbones.attach import attach
 from .backbones.manage import configure, report
 from .backbones.models import register_wormhole_models
 from .blocks import Report, SpanRecord
+from .certificates import (
+    Certificate,
+    certify,
+    contraction_rate,
+    gradient_error,
+    observed_rate,
+    spectral_radius,
+)
+from .constraints import contractive, orthogonal
 from .errors import (
     AttachError,
     ConvergenceWarning,
@@ -20,11 +29,15 @@ from .errors import (
     MapError,
     OptionError,
     PluginWarning,
+    TransformError,
     UnknownNameError,
 )
 from .fixed_point import fix
 from .hookspecs import hookimpl
-from .plugins import register_plugin
+from .observe import Progress, Trace
+from .plugins import register_plugin, unregister_plugin
+from .regularise import jacobian_frobenius, spectral_penalty
+from .solvers import linear as linear_solvers
 from .solvers import torchdeq_bridge
 from .types import AdjointReport, Iteration, PolicyView, Solution, Status
 
@@ -33,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdjointReport",
     "AttachError",
+    "Certificate",
     "ConvergenceWarning",
     "DuplicateNameError",
     "FixedPointError",
@@ -41,10 +55,13 @@ __all__ = [
     "OptionError",
     "PluginWarning",
     "PolicyView",
+    "Progress",
     "Report",
     "Solution",
     "SpanRecord",
     "Status",
+    "Trace",
+    "TransformError",
     "UnknownNameError",
     "__version__",
     "adjoint",
@@ -52,11 +69,22 @@ __all__ = [
     "attach",
     "backbones",
     "blocks",
+    "certify",
     "configure",
+    "constraints",
+    "contraction_rate",
+    "contractive",
     "fix",
     "gate",
     "gates",
+    "gradient_error",
     "hookimpl",
+    "jacobian_frobenius",
+    "linear_solver",
+    "linear_solvers",
+    "observe",
+    "observed_rate",
+    "orthogonal",
     "plugins",
     "policies",
     "policy",
@@ -65,10 +93,16 @@ __all__ = [
     "report",
     "solver",
     "solvers",
+    "spectral_penalty",
+    "spectral_radius",
+    "unregister_plugin",
 ]
 
 solver = solvers.registry.make
 """``tw.solver("anderson", memory=6)``: a solver with options."""
+
+linear_solver = linear_solvers.registry.make
+"""``tw.linear_solver("gcr", memory=10)``: a solver of an adjoint's equation, with options."""
 
 adjoint = adjoints.registry.make
 """``tw.adjoint("implicit", solver="picard")``: an adjoint with options."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adjoints.ad_fixed_point import ADFixedPoint as ADFixedPointAdjoint
 from .adjoints.checkpointed import Checkpointed
 from .adjoints.implicit import Implicit
 from .adjoints.one_step import OneStep
@@ -18,8 +19,16 @@ from .policies.constant import AlwaysPolicy, NeverPolicy
 from .policies.gate import GatePolicy
 from .policies.random import RandomPolicy
 from .solvers import torchdeq_bridge
+from .solvers.ad_fixed_point import ADFixedPoint as ADFixedPointSolver
 from .solvers.anderson import Anderson
+from .solvers.auto import Auto
 from .solvers.broyden import Broyden
+from .solvers.linear.auto import Auto as AutoLinear
+from .solvers.linear.bicgstab import BiCGSTAB
+from .solvers.linear.gcr import GCR
+from .solvers.linear.gmres import GMRES
+from .solvers.linear.neumann import Neumann
+from .solvers.newton_krylov import NewtonKrylov
 from .solvers.picard import Picard
 
 __all__ = [
@@ -27,6 +36,7 @@ __all__ = [
     "twnn_register_backbones",
     "twnn_register_blocks",
     "twnn_register_gates",
+    "twnn_register_linear_solvers",
     "twnn_register_policies",
     "twnn_register_solvers",
 ]
@@ -38,14 +48,28 @@ def twnn_register_solvers(register: Register) -> None:
     register("picard", Picard)
     register("anderson", Anderson)
     register("broyden", Broyden)
+    register("newton_krylov", NewtonKrylov)
+    register("auto", Auto)
+    register("ad_fixed_point", ADFixedPointSolver)
     for name, factory in torchdeq_bridge.SOLVERS.items():
         register(name, factory)
+
+
+@hookimpl
+def twnn_register_linear_solvers(register: Register) -> None:
+    """Krylov methods, the plain series, and a choice between them row by row."""
+    register("gcr", GCR)
+    register("gmres", GMRES)
+    register("bicgstab", BiCGSTAB)
+    register("neumann", Neumann)
+    register("auto", AutoLinear)
 
 
 @hookimpl
 def twnn_register_adjoints(register: Register) -> None:
     """Exact at the fixed point, through the loop, and approximations."""
     register("implicit", Implicit)
+    register("ad_fixed_point", ADFixedPointAdjoint)
     register("unrolled", Unrolled)
     register("checkpointed", Checkpointed)
     register("one_step", OneStep)

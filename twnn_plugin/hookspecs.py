@@ -8,7 +8,9 @@ A plugin is any object, usually a module, with functions marked by :data:`hookim
     def twnn_register_solvers(register):
         register("damped", Damped)
 
-Each hook is called once, when the plugin is loaded, and gets one argument: a :class:`Register`.
+Each ``twnn_register_`` hook is called once, when the plugin is loaded, and gets one argument: a
+:class:`Register`. The ``twnn_observe_`` hooks are called while solves run; an implementation may leave
+out the arguments it has no use for.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ __all__ = [
     "PROJECT",
     "Register",
     "hookimpl",
+    "twnn_observe_iteration",
+    "twnn_observe_solve",
     "twnn_register_adjoints",
     "twnn_register_backbones",
     "twnn_register_blocks",
     "twnn_register_gates",
+    "twnn_register_linear_solvers",
     "twnn_register_policies",
     "twnn_register_solvers",
 ]
@@ -63,6 +68,15 @@ def twnn_register_solvers(register: Register) -> None:
 
     Factories return a :class:`twnn_plugin.solvers.Solver`: derive from ``StepSolver`` and give one
     step, or from ``WholeSolver`` to run a loop of your own. Used as ``tw.fix(..., solver=name)``.
+    """
+
+
+@hookspec
+def twnn_register_linear_solvers(register: Register) -> None:
+    """Register ways to solve the linear equation ``u = J^T u + g`` of an adjoint.
+
+    Factories return a :class:`twnn_plugin.solvers.linear.LinearSolver`. Used as
+    ``tw.adjoint("implicit", solver=name)``.
     """
 
 
@@ -106,4 +120,28 @@ def twnn_register_backbones(register: Register) -> None:
 
     Factories return a :class:`twnn_plugin.backbones.Backbone`. ``tw.attach`` uses the first, in the
     order of the names, that claims the model.
+    """
+
+
+@hookspec
+def twnn_observe_iteration(iteration: Any, info: Any) -> None:
+    """Watch a solve while it runs: called whenever a solver reports, as ``fix``'s callback is.
+
+    Only look: the tensors are the solver's own. What an implementation raises becomes one
+    :class:`~twnn_plugin.errors.PluginWarning`, never the end of the solve.
+
+    Args:
+        iteration: a :class:`twnn_plugin.types.Iteration`: step, rows, residuals, states.
+        info: a :class:`twnn_plugin.observe.SolveInfo`: which solve this is, and its settings.
+    """
+
+
+@hookspec
+def twnn_observe_solve(solution: Any, info: Any) -> None:
+    """Hear of every solve once, after its forward pass; failures are treated as above.
+
+    Args:
+        solution: a :class:`twnn_plugin.types.Solution`. Its value carries the autograd graph: keep a
+            detached copy only. ``solution.adjoint`` is filled in when the backward solve has run.
+        info: a :class:`twnn_plugin.observe.SolveInfo`.
     """

@@ -11,22 +11,27 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
 import pluggy
 
-from . import adjoints, backbones, blocks, builtins, gates, hookspecs, policies, solvers
-from .errors import DuplicateNameError, PluginWarning, nearest
+from . import adjoints, backbones, blocks, builtins, gates, hookspecs, observe, policies, solvers
+from .errors import DuplicateNameError, OptionError, PluginWarning, UnknownNameError, nearest
 from .hookspecs import PROJECT, Register
-from .registry import Registry
+from .observe import Listener
+from .registry import Entry, Registry
+from .solvers import linear
 
-__all__ = ["PluginHost", "failures", "load", "loaded", "register_plugin"]
+__all__ = ["PluginHost", "failures", "load", "loaded", "register_plugin", "unregister_plugin"]
 
 _DISABLE = "TWNN_DISABLE_PLUGINS"
 _HOOK_PREFIX = "twnn_register_"
+_PREFIXES = (_HOOK_PREFIX, "twnn_observe_")
+_OBSERVERS = ("twnn_observe_iteration", "twnn_observe_solve")
+_Displaced = dict[tuple[str, str], tuple[Entry, Entry | None]]  # (hook, name): its entry, the one before
 _log = logging.getLogger(__name__)
 
 
@@ -36,10 +41,18 @@ class PluginHost:
     Args:
         registries: for each kind ``K``, the registry that the hook ``twnn_register_K`` fills.
         home: name and owner of the built-ins, whose names installed plugins may take over.
+        announce: called with the plugins that observe solves whenever one comes or goes.
     """
 
-    def __init__(self, registries: Mapping[str, Registry[Any]], home: str = PROJECT):
+    def __init__(
+        self,
+        registries: Mapping[str, Registry[Any]],
+        home: str = PROJECT,
+        announce: Callable[[list[Listener]], None] | None = None,
+    ):
         self.home = home
+        self._announce = announce
+        self._displaced: dict[str, _Displaced] = {}
         self._registries = {_HOOK_PREFIX + kind: registry for kind, registry in registries.items()}
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
@@ -74,6 +87,7 @@ class PluginHost:
             TypeError: the object implements no hook.
         """
         with self._all_or_nothing():
+            before = self._entries()
             self._refuse_known(plugin, name)
             self._manager.register(plugin, name)
             self._check_hooks(plugin, name)
@@ -81,8 +95,74 @@ class PluginHost:
             for hook, registry in self._registries.items():
                 call = self._manager.subset_hook_caller(hook, others)
                 call(register=self._bind(registry, owner, guard))
+            self._displaced[name] = {
+                (hook, key): (entry, before[hook].get(key))
+                for hook, entries in self._entries().items()
+                for key, entry in entries.items()
+                if before[hook].get(key) is not entry
+            }
         self._loaded[name] = f"{owner} {version}".strip()
         self._failures.pop(name, None)
+        self._tell()
+
+    def remove(self, name: str) -> None:
+        """Take a plugin out, with the names it registered; a name it had taken over is given back.
+
+        Raises:
+            UnknownNameError: no such plugin is loaded.
+            OptionError: it is the built-ins.
+        """
+        if name not in self._loaded:
+            known = [one for one in self._loaded if one != self.home]
+            listed = ", ".join(known) or "none"
+            raise UnknownNameError(
+                f"No plugin {name!r} is loaded.{nearest(str(name), known)} Loaded: {listed}."
+            )
+        if name == self.home:
+            raise OptionError("The built-ins cannot be taken out; register replacements with replace=True.")
+        self._manager.unregister(name=name)
+        del self._loaded[name]
+        for (hook, key), (entry, previous) in self._displaced.pop(name).items():
+            self._put_back(hook, key, entry, previous)
+        self._tell()
+
+    def _put_back(self, hook: str, key: str, entry: Entry, previous: Entry | None) -> None:
+        registry = self._registries[hook]
+        entries = registry.snapshot()
+        if entries.get(key) is entry:
+            if previous is None:
+                del entries[key]
+            else:
+                entries[key] = previous
+            registry.restore(entries)
+        # A later plugin that took the name over must give it back to whom it was before, in its turn.
+        for displaced in self._displaced.values():
+            held = displaced.get((hook, key))
+            if held is not None and held[1] is entry:
+                displaced[hook, key] = (held[0], previous)
+
+    def observers(self) -> list[Listener]:
+        """The plugins that implement an observer hook, in the order in which they were loaded."""
+        found = []
+        for name, plugin in self._manager.list_name_plugin():
+            if plugin is None:
+                continue
+            others = [other for _, other in self._manager.list_name_plugin() if other is not plugin]
+            implemented = {caller.name for caller in self._manager.get_hookcallers(plugin) or []}
+            hear = [
+                self._manager.subset_hook_caller(hook, others) if hook in implemented else None
+                for hook in _OBSERVERS
+            ]
+            if any(hear):
+                found.append(Listener(name, *hear))
+        return found
+
+    def _tell(self) -> None:
+        if self._announce is not None:
+            self._announce(self.observers())
+
+    def _entries(self) -> dict[str, dict[str, Entry]]:
+        return {hook: registry.snapshot() for hook, registry in self._registries.items()}
 
     def add_entry_points(self, found: Iterable[metadata.EntryPoint]) -> None:
         """Load installed plugins; each broken one is skipped with a :class:`PluginWarning`.
@@ -142,9 +222,9 @@ class PluginHost:
             )
 
     def _check_hooks(self, plugin: object, name: str) -> None:
-        known = list(self._registries)
+        known = [*self._registries, *_OBSERVERS]
         for attribute in dir(plugin):
-            if attribute.startswith(_HOOK_PREFIX) and not self._is_marked(plugin, attribute):
+            if attribute.startswith(_PREFIXES) and not self._is_marked(plugin, attribute):
                 raise pluggy.PluginValidationError(
                     plugin,
                     f"{attribute!r} of plugin {name!r} is not marked as a hook. "
@@ -184,9 +264,9 @@ class PluginHost:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        entries = {hook: registry.snapshot() for hook, registry in self._registries.items()}
+        entries = self._entries()
         names = {name for name, _ in self._manager.list_name_plugin()}
-        loaded = dict(self._loaded)
+        loaded, displaced = dict(self._loaded), dict(self._displaced)
         try:
             yield
         except BaseException:
@@ -195,7 +275,8 @@ class PluginHost:
                     self._manager.unregister(name=name)
             for hook, registry in self._registries.items():
                 registry.restore(entries[hook])
-            self._loaded = loaded
+            self._loaded, self._displaced = loaded, displaced
+            self._tell()
             raise
 
 
@@ -227,12 +308,14 @@ def _disabled_by_environment() -> bool:
 _host = PluginHost(
     {
         "solvers": solvers.registry,
+        "linear_solvers": linear.registry,
         "adjoints": adjoints.registry,
         "blocks": blocks.registry,
         "gates": gates.registry,
         "policies": policies.registry,
         "backbones": backbones.registry,
-    }
+    },
+    announce=observe.set_listeners,
 )
 _looked_for_installed = False
 
@@ -275,6 +358,21 @@ def register_plugin(plugin: object, name: str | None = None) -> str:
     chosen: str = name or getattr(plugin, "__name__", "") or type(plugin).__name__
     _host.add(plugin, chosen, owner=chosen)
     return chosen
+
+
+def unregister_plugin(name: str) -> None:
+    """Take a plugin out: its observers hear no more, its names go, one it took over is given back.
+
+    What was made from its names before (a model's solver, say) goes on working.
+
+    Args:
+        name: what :func:`register_plugin` returned, or a name in :func:`loaded`.
+
+    Raises:
+        UnknownNameError: no such plugin is loaded.
+        OptionError: it is the built-ins.
+    """
+    _host.remove(name)
 
 
 def loaded() -> dict[str, str]:

@@ -1,0 +1,219 @@
+"""How far a state and its implicit gradient are from those of the exact fixed point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..state import Layout
+from ..types import Solution, State
+from .linear import Jacobian, probe, solve_shifted
+from .spectrum import lipschitz_of, radius_of
+
+__all__ = ["Cotangent", "GradientError", "amplification", "gradient_error", "gradient_error_of"]
+
+Cotangent = State | Callable[[State], Tensor]
+"""dL/dz as a state, or the loss itself as a function of the state."""
+
+
+class GradientError(NamedTuple):
+    """Relative errors of the implicit gradient: of each row's own, (B,), and of the weights', a scalar.
+
+    Attributes:
+        state: (B,) from differentiating at ``z`` instead of ``z*``; an estimate, first order in ``z - z*``.
+        adjoint: (B,) from stopping the backward solve early; a bound where the map is a contraction.
+        total: (B,) their sum.
+        weights: () of the gradient of all that ``f`` closes over, summed over the rows that are finite;
+            zero if it closes over nothing that wants a gradient.
+    """
+
+    state: Tensor
+    adjoint: Tensor
+    total: Tensor
+    weights: Tensor
+
+
+def gradient_error(
+    f: Callable[..., State],
+    solution: Solution | State,
+    *context: Tensor,
+    cotangent: Cotangent | None = None,
+    adjoint_residual: Tensor | float | None = None,
+    iterations: int = 40,
+    generator: torch.Generator | None = None,
+) -> GradientError:
+    """Relative error of the implicit gradient, row by row, estimated at the solution at hand.
+
+    With ``r = f(z) - z`` a Newton step ``e = (I - J)^-1 r`` leads to ``z* ~ z + e``, and the gradient
+    is worked out at both ends: ``G = (df/dcontext)^T u``, ``(I - J^T) u = g``, each linear system by
+    GMRES. ``state = ||G(z + e) - G(z)|| / ||G(z + e)||`` thus holds what the change of J, of df/dcontext
+    and (where a loss is given) of g does to it. Without floating-point context ``G = u``.
+
+    A backward residual ``rho = J^T u + g - u`` costs ``||(I - J^T)^-1|| ||rho||`` at most, so
+    ``adjoint = a ||rho|| / ||u||`` with a as in :func:`amplification`: a bound on the error of u
+    where the local Lipschitz constant is below 1, otherwise an estimate.
+
+    The gradient of shared weights is ``sum_i (df_i/dweights)^T u_i``, worked out at both ends as well. Its
+    adjoint part takes the errors of the rows as independent of each other.
+
+    Not covered: terms of second order in ``z - z*`` (so only states near the solution), adjoints that
+    are approximate by construction (``one_step``, ``phantom``), rounding, and GMRES running out of
+    ``iterations``.
+
+    Args:
+        f: as given to ``fix``.
+        solution: what ``fix`` returned, or a state.
+        *context: as given to ``fix``.
+        cotangent: dL/dz as a state, or a function that makes the loss from a state; ``None``: a random
+            direction.
+        adjoint_residual: (B,) or a number, the backward residual relative to ``||g||``; ``None``: that
+            of ``solution.adjoint``, and zero if no backward solve has run.
+        iterations: of each linear solve and spectral estimate, at most; >= 1.
+        generator: of random directions; ``None``: a fixed seed.
+
+    Returns:
+        A :class:`GradientError`, NaN in rows with NaN or inf.
+
+    Raises:
+        OptionError: an option is out of range.
+        MapError: ``f``, the context or the cotangent does not fit the state.
+    """
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise OptionError(f"iterations must be a whole number, at least 1; got {iterations!r}.")
+    state = solution.value if isinstance(solution, Solution) else solution
+    jacobian = Jacobian(f, state, context)
+    like = jacobian.z.detach()
+    lipschitz = lipschitz_of(jacobian, iterations, 1e-3, generator).value
+    radius = radius_of(jacobian.pull, like, iterations, 1e-3, generator).value
+    if adjoint_residual is None:
+        report = solution.adjoint if isinstance(solution, Solution) else None
+        adjoint_residual = 0.0 if report is None else report.residual.detach()
+    factor = amplification(lipschitz, radius)
+    step = solve_shifted(jacobian.push, jacobian.residual, iterations)
+    return gradient_error_of(f, jacobian, step, factor, cotangent, adjoint_residual, iterations, generator)
+
+
+def amplification(lipschitz: Tensor, radius: Tensor) -> Tensor:
+    """(B,) what ``(I - J)^-1`` makes of a residual, at most.
+
+    ``1 / (1 - L)`` where the Lipschitz constant L is below 1 (Neumann series, a bound on the norm), else
+    ``1 / (1 - radius)`` (exact for a normal J, otherwise an estimate), and inf where that is no help.
+    """
+    rate = torch.where(lipschitz < 1, lipschitz, radius)
+    inverse = 1 / (1 - rate)
+    return torch.where(rate.isnan(), rate, torch.where(rate < 1, inverse, float("inf")))
+
+
+def gradient_error_of(
+    f: Callable[..., State],
+    jacobian: Jacobian,
+    step: Tensor,
+    factor: Tensor,
+    cotangent: Cotangent | None,
+    adjoint_residual: Tensor | float,
+    iterations: int,
+    generator: torch.Generator | None,
+) -> GradientError:
+    """:func:`gradient_error` with a Jacobian, the Newton step and the amplification at hand."""
+    layout, z = jacobian.layout, jacobian.z.detach()
+    moved = Jacobian(f, z + step, jacobian.context, layout)
+    g = _cotangent(cotangent, layout, z, generator)
+    g_moved = _cotangent(cotangent, layout, z + step, generator)
+    u = solve_shifted(jacobian.pull, g, iterations)
+    # From u on, so that what GMRES leaves over is the same at both ends and cancels.
+    u_moved = u + solve_shifted(moved.pull, moved.pull(u) + g_moved - u, iterations)
+    before, after = jacobian.pull_context(u), moved.pull_context(u_moved)
+    if before is None or after is None:
+        before, after = u, u_moved
+    state = _ratio(_norm(after - before), _norm(after))
+    residual = torch.as_tensor(adjoint_residual, device=z.device).to(z.dtype).expand(z.shape[0])
+    share = torch.where(residual == 0, 0.0, residual * factor)  # 0 * inf is no error
+    adjoint = torch.where(u.isfinite().all(dim=1), _ratio(share * _norm(g), _norm(u)), float("nan"))
+    weights = _weights(f, layout, (z, z + step), jacobian.context, (u, u_moved))
+    if weights is None:
+        weights = z.new_zeros(())
+    else:
+        sound = adjoint.isfinite() & u.isfinite().all(dim=1)
+        size = torch.where(sound, _norm(u), 0.0)
+        spread = _ratio(_total(torch.where(sound, adjoint, 0.0) * size), _total(size))
+        weights = weights + torch.where(adjoint.isinf().any(), float("inf"), spread)
+    return GradientError(state, adjoint, state + adjoint, weights)
+
+
+def _cotangent(
+    given: Cotangent | None, layout: Layout, z: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    if given is None:
+        return probe(z, None if generator is None else generator.clone_state())
+    if not callable(given) or isinstance(given, Tensor):
+        return layout.pack(given, z.shape[0]).detach()
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        loss = given(layout.unpack(leaf))
+        (g,) = torch.autograd.grad(loss.sum(), leaf)
+    return g
+
+
+def _weights(
+    f: Callable[..., State],
+    layout: Layout,
+    states: tuple[Tensor, Tensor],
+    context: list[Tensor],
+    cotangents: tuple[Tensor, Tensor],
+) -> Tensor | None:
+    """Relative change of the gradient of what ``f`` closes over, from the first end to the second.
+
+    None if ``f`` closes over nothing that wants a gradient.
+    """
+    sound = (cotangents[0] + cotangents[1] + states[1]).isfinite().all(dim=1)
+    if not bool(sound.all()):
+        if not context:  # f may close over the batch: rows cannot be left out
+            return states[0].new_tensor(float("nan"))
+        keep = torch.nonzero(sound).flatten()
+        states = states[0][keep], states[1][keep]
+        cotangents = cotangents[0][keep], cotangents[1][keep]
+        context = [c[keep] for c in context]
+    context = [c.detach() for c in context]
+    ends = []
+    for z, u in zip(states, cotangents, strict=True):
+        with torch.enable_grad():
+            fz = layout.pack(f(layout.unpack(z), *context), z.shape[0])
+        into = _leaves_of(fz)
+        if not into:
+            return None
+        grads = torch.autograd.grad(fz, into, u, allow_unused=True, materialize_grads=True)
+        ends.append(torch.cat([g.flatten().to(z.dtype) for g in grads]))
+    return _ratio(_total(ends[1] - ends[0]), _total(ends[1]))
+
+
+def _leaves_of(value: Tensor) -> list[Tensor]:
+    """The leaf tensors that a value's graph reaches, in a fixed order."""
+    found: list[Tensor] = []
+    seen, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.append(variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _total(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values)
+
+
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Zero where there is nothing to be wrong about."""
+    return torch.where((part == 0) & (whole == 0), 0.0, part / whole)

@@ -1,0 +1,205 @@
+"""Products with the Jacobian of a map, row by row, and the Krylov methods that live on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import MapError
+from ..state import Layout
+from ..types import State
+
+__all__ = ["Jacobian", "Krylov", "Product", "check_context", "probe", "solve_shifted"]
+
+Product = Callable[[Tensor], Tensor]
+
+_BREAKDOWN = 64.0  # ulps of the newest direction that are left when a Krylov space is invariant
+_LOOK = 10  # products between looks at the residual
+
+
+class Jacobian:
+    """``J = df/dz`` at given states, for products with it; every row has its own D x D block.
+
+    ``f`` is evaluated once, with a graph that all products reuse. ``J v`` is taken by two reverse
+    passes (the pull-back is linear in its cotangent; its derivative is J), so that ``f`` needs no
+    forward-mode formulas.
+
+    Args:
+        f: ``f(z, *context)``, rows independent.
+        z: state, batch first.
+        context: tensors (B, ...) handed to ``f``.
+        layout: that of ``z`` where it is known; then ``z`` is the (B, D) matrix.
+
+    Raises:
+        MapError: ``f`` changes structure, shape or dtype, or a context tensor is not of B rows.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., State],
+        z: State | Tensor,
+        context: Sequence[Tensor] = (),
+        layout: Layout | None = None,
+    ):
+        if layout is None:
+            layout, matrix = Layout.of(z, "z")
+        else:
+            assert isinstance(z, Tensor)
+            matrix = z
+        check_context(context, matrix.shape[0])
+        self.layout = layout
+        self.context = [c.detach().requires_grad_(c.is_floating_point()) for c in context]
+        with torch.enable_grad():
+            self.z = matrix.detach().requires_grad_()
+            self.fz = layout.pack(f(layout.unpack(self.z), *self.context), matrix.shape[0])
+        self._push: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def residual(self) -> Tensor:
+        """(B, D) ``f(z) - z``."""
+        return self.fz.detach() - self.z.detach()
+
+    def pull(self, u: Tensor) -> Tensor:
+        """``J^T u`` for a (B, D) matrix of cotangents."""
+        return self._grad(self.fz, [self.z], u)[0].detach()
+
+    def pull_context(self, u: Tensor) -> Tensor | None:
+        """(B, K) ``(df/dcontext)^T u``, all floating-point context side by side; None without any."""
+        floating = [c for c in self.context if c.requires_grad]
+        if not floating:
+            return None
+        grads = self._grad(self.fz, floating, u)
+        return torch.cat([g.detach().reshape(g.shape[0], -1).to(u.dtype) for g in grads], dim=1)
+
+    def push(self, v: Tensor) -> Tensor:
+        """``J v`` for a (B, D) matrix of tangents."""
+        if self._push is None:
+            with torch.enable_grad():
+                w = torch.zeros_like(self.fz).requires_grad_()
+                self._push = w, self._grad(self.fz, [self.z], w, create_graph=True)[0]
+        w, pulled = self._push
+        return self._grad(pulled, [w], v)[0].detach()
+
+    @staticmethod
+    def _grad(
+        out: Tensor, into: list[Tensor], cotangent: Tensor, create_graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        if not out.requires_grad:  # f is constant
+            return tuple(torch.zeros_like(tensor) for tensor in into)
+        return torch.autograd.grad(
+            out,
+            into,
+            cotangent,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+def check_context(context: Sequence[Tensor], batch: int) -> None:
+    """Raise :class:`MapError` unless every context tensor has one row per sample."""
+    for index, tensor in enumerate(context):
+        if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.shape[0] != batch:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise MapError(
+                f"Context {index} must be a tensor with {batch} rows, one per sample of z; got {got}."
+            )
+
+
+def probe(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One random direction for all rows, (1, D) expanded to (B, D).
+
+    The same for all rows, so that a row's figure does not depend on its place in the batch; and without
+    a generator from a fixed seed, so that it does not depend on what ran before.
+    """
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(1, like.shape[1], generator=generator, dtype=torch.float64, device=generator.device)
+    return drawn.to(device=like.device, dtype=like.dtype).expand_as(like)
+
+
+class Krylov:
+    """A growing Krylov space of every row of a batch, ``A V_k = V_(k+1) H`` (Saad 2011, algorithm 6.1).
+
+    Arnoldi's method with classical Gram-Schmidt, applied twice. Where the space of a row becomes
+    invariant, its further directions and columns are zero: they add eigenvalues zero and nothing else.
+
+    Args:
+        apply: the operator, of (B, D) matrices, rows independent.
+        start: (B, D) first directions; a zero row stays zero.
+        capacity: steps it may grow to, at most D.
+    """
+
+    def __init__(self, apply: Product, start: Tensor, capacity: int):
+        self._apply = apply
+        length = torch.linalg.vector_norm(start, dim=1)
+        self.scale = length.double().cpu()
+        self.steps, self.capacity = 0, capacity
+        self.basis = start.new_zeros(capacity + 1, *start.shape)
+        self._h = start.new_zeros(start.shape[0], capacity + 1, capacity)
+        self.basis[0] = _unit(start, length)
+
+    @property
+    def h(self) -> Tensor:
+        """(B, k + 1, k) float64 on the CPU, upper Hessenberg."""
+        return self._h[:, : self.steps + 1, : self.steps].double().cpu()
+
+    def grow(self, steps: int) -> None:
+        """Go on to a space of this many steps."""
+        floor = _BREAKDOWN * torch.finfo(self.basis.dtype).eps
+        for j in range(self.steps, steps):
+            w = self._apply(self.basis[j])
+            before = torch.linalg.vector_norm(w, dim=1)
+            for _ in range(2):
+                share = torch.einsum("kbd,bd->bk", self.basis[: j + 1], w)
+                w = w - torch.einsum("kbd,bk->bd", self.basis[: j + 1], share)
+                self._h[:, : j + 1, j] += share
+            rest = torch.linalg.vector_norm(w, dim=1)
+            rest = torch.where(rest <= floor * before, 0.0, rest)  # keeps NaN
+            self._h[:, j + 1, j] = rest
+            self.basis[j + 1] = _unit(w, rest)
+        self.steps = steps
+
+    def combine(self, y: Tensor) -> Tensor:
+        """``V_k y`` for real (B, k) coefficients, as (B, D)."""
+        basis = self.basis[: y.shape[1]]
+        return torch.einsum("kbd,bk->bd", basis, y.to(basis))
+
+
+def solve_shifted(apply: Product, b: Tensor, steps: int) -> Tensor:
+    """``x`` with ``x - A x = b`` for every row by GMRES from zero (Saad & Schultz 1986); (B, D).
+
+    Goes on until the residual of every row is at its rounding floor, or for ``steps`` products. Rows with
+    NaN or inf give NaN.
+    """
+    steps = min(steps, b.shape[1])
+    space = Krylov(apply, b, steps)
+    floor = _BREAKDOWN * torch.finfo(b.dtype).eps
+    y = space.scale.new_zeros(b.shape[0], 0)
+    while space.steps < steps:
+        space.grow(min(space.steps + _LOOK, steps))
+        y, rest = _least_squares(space)
+        if bool((~(rest > floor * space.scale)).all()):  # NaN is done
+            break
+    return space.combine(y)
+
+
+def _least_squares(space: Krylov) -> tuple[Tensor, Tensor]:
+    """(B, k) coefficients with the least residual ``||b - (I - A) V y||``, and that residual, (B,)."""
+    h = space.h
+    shifted = torch.eye(*h.shape[1:], dtype=h.dtype) - h
+    right = torch.zeros(*h.shape[:2], 1, dtype=h.dtype)
+    right[:, 0, 0] = space.scale
+    broken = ~(torch.isfinite(shifted).all(dim=(1, 2)) & torch.isfinite(space.scale))[:, None, None]
+    shifted, right = torch.where(broken, 0.0, shifted), torch.where(broken, 0.0, right)
+    # "gelsd" copes with a singular I - A, for which there may be no solution.
+    y = torch.linalg.lstsq(shifted, right, driver="gelsd").solution
+    rest = torch.linalg.vector_norm(right - shifted @ y, dim=(1, 2))
+    return torch.where(broken, float("nan"), y)[..., 0], rest
+
+
+def _unit(v: Tensor, length: Tensor) -> Tensor:
+    return torch.where((length > 0)[:, None], v / torch.where(length > 0, length, 1.0)[:, None], v * 0)
