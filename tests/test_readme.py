@@ -14,9 +14,12 @@ from zoo.demo.report import render
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DERIVATIVES = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "derivatives.md").read_text(encoding="utf-8"), re.DOTALL
+)
 
 
-@pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize("code", [*SNIPPETS, *DERIVATIVES])
 def test_snippet_runs(code, monkeypatch):
     import twnn_plugin as tw
 
@@ -31,7 +34,7 @@ def test_snippet_runs(code, monkeypatch):
         exec(compile(code, "README.md", "exec"), module.__dict__)
     finally:
         tw.solvers.registry.restore(before)
-    assert len(SNIPPETS) >= 5
+    assert len(SNIPPETS) >= 5 and DERIVATIVES
 
 
 def test_the_first_snippet_does_what_its_comments_say():
