@@ -38,7 +38,7 @@ class Equation:
         return self.layout.pack(self.f(self.layout.unpack(z), *self.context), rows)
 
     def keep(self, rows: Tensor) -> None:
-        self.context = tuple(c[rows] for c in self.context)
+        self.context = tuple(c.index_select(0, rows) for c in self.context)
         self.size = rows.numel()
 
 
@@ -69,7 +69,7 @@ class Call:
 
     def equation(self, rows: Tensor | None = None) -> Equation:
         """The equation of all rows, or of some."""
-        context = self.context if rows is None else tuple(c[rows] for c in self.context)
+        context = self.context if rows is None else tuple(c.index_select(0, rows) for c in self.context)
         size = self.z0.shape[0] if rows is None else rows.numel()
         return Equation(self.f, self.layout, context, size)
 

@@ -50,6 +50,7 @@ class Control:
         scale: (B,) what the tolerance is relative to, instead of ``||f(z)||``; used by adjoints.
         coupled: rows influence each other, so all of them finish together.
         callback: called after every evaluation with an :class:`~twnn_plugin.types.Iteration`.
+        parts: widths of parts of the state that must each meet the tolerance; () for the whole.
     """
 
     tol: float
@@ -59,6 +60,7 @@ class Control:
     scale: Tensor | None = None
     coupled: bool = False
     callback: Callable[[Iteration], None] | None = None
+    parts: tuple[int, ...] = ()
 
 
 @dataclass

@@ -48,10 +48,10 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
         may_leave = leaving is not None and problem.can_leave and not control.coupled
         if may_leave and book.unfinished < problem.leave_share * problem.size:
             keep = book.compact()
-            z, state = z[keep], _take(state, keep)
+            z, state = z.index_select(0, keep), _take(state, keep)
             problem.keep(keep)
     return book.outcome()
 
 
 def _take(state: Any, rows: Tensor) -> Any:
-    return rebuild(state, lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf)
+    return rebuild(state, lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf)
