@@ -20,7 +20,7 @@ LAYERS = (
     ("twnn_plugin.errors", "twnn_plugin.types", "twnn_plugin.trees"),
     ("twnn_plugin.registry",),
     ("twnn_plugin.state",),
-    ("twnn_plugin.solvers.base",),
+    ("twnn_plugin.solvers.base", "twnn_plugin.solvers.memory"),
     ("twnn_plugin.solvers.measure",),
     ("twnn_plugin.solvers.book",),
     ("twnn_plugin.solvers.driver",),

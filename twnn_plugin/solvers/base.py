@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -82,7 +82,13 @@ class StepSolver(Solver):
 
     Write it as a frozen dataclass whose fields are its options. ``init`` and ``step`` work on
     matrices: one row a sample, all rows independent of each other.
+
+    Attributes:
+        keeps_residual: whether ``step`` may hold on to ``r`` in the state or iterate that it returns.
+            If not, the driver writes every residual to the same memory.
     """
+
+    keeps_residual: ClassVar[bool] = True
 
     def init(self, z: Tensor) -> Any:
         """The method's own state at the start, from the (b, D) matrix ``z``.

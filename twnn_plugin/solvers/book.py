@@ -84,8 +84,8 @@ class Book:
             self._couple(going_on)
         if self.alive is None:
             return None if bool(going_on.all()) else going_on.logical_not_()
-        leaving = going_on.logical_not_().logical_and_(self.alive)
-        return leaving if bool(leaving.any()) else None
+        going_on.logical_and_(self.alive)
+        return None if torch.equal(going_on, self.alive) else going_on.logical_xor_(self.alive)
 
     def _couple(self, going_on: Tensor) -> None:
         # Coupled rows finish together: while any of them still moves, none is at its fixed point.
@@ -114,7 +114,7 @@ class Book:
             broken = classify(measured[0], measured[2]) == int(Status.non_finite)
             value = torch.where(broken[:, None], fz.index_select(0, local), value)
         self.pieces.append(_Piece(rows, value, measured, stalled, k))
-        self.alive = ~leaving if self.alive is None else self.alive & ~leaving
+        self.alive = ~leaving if self.alive is None else self.alive ^ leaving
         self._less(local.numel())
 
     def exhaust(self, fz: Tensor) -> None:

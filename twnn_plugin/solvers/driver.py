@@ -10,6 +10,7 @@ from torch import Tensor
 from ..trees import rebuild
 from .base import Control, Outcome, Problem, Solver, StepSolver, WholeSolver
 from .book import Book
+from .memory import difference, free_to_write
 
 __all__ = ["drive", "solve"]
 
@@ -33,9 +34,12 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
     """
     book = Book(z, control)
     state = solver.init(z)
+    spare: Tensor | None = None
     for k in range(1, control.max_iter + 1):
         fz = problem.evaluate(z)
-        r = fz - z
+        r = difference(fz, z, spare)
+        if spare is None and not solver.keeps_residual and free_to_write(r):
+            spare = r
         leaving = book.look(k, z, fz, r, problem)
         if leaving is not None:
             book.finish(leaving, k, z, fz)
@@ -50,6 +54,7 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
             keep = book.compact()
             z, state = z.index_select(0, keep), _take(state, keep)
             problem.keep(keep)
+            spare = None
     return book.outcome()
 
 
