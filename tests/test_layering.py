@@ -23,6 +23,8 @@ LAYERS = (
     ("twnn_plugin.solvers.base", "twnn_plugin.solvers.memory"),
     ("twnn_plugin.solvers.measure",),
     ("twnn_plugin.solvers.book",),
+    ("twnn_plugin.solvers.masked",),
+    ("twnn_plugin.solvers.graphs",),
     ("twnn_plugin.solvers.driver",),
     ("twnn_plugin.solvers",),
     ("twnn_plugin.adjoints",),

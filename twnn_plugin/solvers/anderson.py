@@ -122,7 +122,7 @@ def _differences(state: _History, fz: Tensor, r: Tensor, free: Tensor | None) ->
 
 
 def _subtract(x: Tensor, direction: Tensor, length: Tensor, own: bool) -> Tensor:
-    """``x - length * direction`` row by row; in place if ``x`` is the caller's ``own`` and no graph needs it."""
+    """``x - length * direction`` row by row; in place if ``x`` is ``own`` memory and no graph needs it."""
     if own and free_to_write(x):
         return x.addcmul_(direction, length[:, None], value=-1)
     return torch.addcmul(x, direction, length[:, None], value=-1)

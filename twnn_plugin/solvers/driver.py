@@ -2,28 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..trees import rebuild
+from ..errors import OptionError
 from .base import Control, Outcome, Problem, Solver, StepSolver, WholeSolver
 from .book import Book
+from .graphs import Graphs
+from .masked import drive_masked, take
 from .memory import difference, free_to_write
 
 __all__ = ["drive", "solve"]
 
 
+_CHECK_EVERY = 5  # on an accelerator: a host synchronisation costs a few launches of small kernels
+
+
 def solve(solver: Solver, problem: Problem, z: Tensor, control: Control) -> Outcome:
-    """Solve ``z = f(z)`` from the (B, D) matrix ``z`` with any solver."""
+    """Solve ``z = f(z)`` from the (B, D) matrix ``z`` with any solver.
+
+    Raises:
+        OptionError: ``cuda_graphs`` is asked for off CUDA, where gradients are recorded or with a solver
+            that runs its own loop.
+    """
+    if control.cuda_graphs:
+        _check_graphs(solver, z)
     if z.shape[0] == 0 or z.shape[1] == 0:
         empty = torch.zeros(z.shape[0], device=z.device)
         return Outcome(z, empty.long(), empty.long(), empty)
     if isinstance(solver, WholeSolver):
         return solver.solve(problem, z, control)
     assert isinstance(solver, StepSolver)
+    every = control.check_every or (1 if z.device.type == "cpu" or control.callback else _CHECK_EVERY)
+    if control.cuda_graphs:
+        with torch.cuda.device(z.device):
+            return drive_masked(solver, problem, z, control, every, Graphs())
+    if every > 1:
+        return drive_masked(solver, problem, z, control, every)
     return drive(solver, problem, z, control)
+
+
+def _check_graphs(solver: Solver, z: Tensor) -> None:
+    if z.device.type != "cuda":
+        raise OptionError(f"cuda_graphs needs a state on a CUDA device; got one on {z.device}.")
+    if not isinstance(solver, StepSolver):
+        raise OptionError(
+            f"cuda_graphs needs a solver whose loop the driver owns; {type(solver).__name__} runs its own. "
+            "Use 'picard', 'anderson' or 'broyden', or leave cuda_graphs out."
+        )
+    if torch.is_grad_enabled():
+        raise OptionError(
+            "cuda_graphs replays evaluations that autograd does not see: use an adjoint that solves without "
+            "recording, such as 'implicit', or torch.no_grad()."
+        )
 
 
 def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> Outcome:
@@ -52,11 +83,7 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
         may_leave = leaving is not None and problem.can_leave and not control.coupled
         if may_leave and book.unfinished < problem.leave_share * problem.size:
             keep = book.compact()
-            z, state = z.index_select(0, keep), _take(state, keep)
+            z, state = z.index_select(0, keep), take(state, keep)
             problem.keep(keep)
             spare = None
     return book.outcome()
-
-
-def _take(state: Any, rows: Tensor) -> Any:
-    return rebuild(state, lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf)
