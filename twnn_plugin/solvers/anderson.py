@@ -15,7 +15,7 @@ from .memory import difference, free_to_write
 __all__ = ["Anderson"]
 
 _RESTART = 1e2  # growth of ||r|| over its best that discards a row's history
-_DEPENDENT = 1e-6  # a difference that lies in the span of the others to this share is dropped
+_NOISE = 16.0  # a new direction shorter than this many ulps of the residual is rounding, and dropped
 
 
 class _Slot(NamedTuple):
@@ -76,57 +76,46 @@ class Anderson(StepSolver):
         if state.r is None:  # start=0: nothing to take a difference with yet
             return plain, _History(state.step, fz, r, norm, ())
         best = norm if state.best is None else torch.minimum(norm, state.best)
-        slots = self._extend(state, fz, r, norm <= _RESTART * best)
+        slots = self._extend(state, fz, r, norm, best)
+        own = free_to_write(r)
         z_next = plain
         for slot in slots:
-            z_next = _subtract(z_next, slot.p, slot.gamma, own=z_next is not plain)
+            z_next = _subtract(z_next, slot.p, slot.gamma, own and z_next is not plain)
             if self.damping != 1:  # p holds differences of f; damping takes its share of q's back
                 z_next = torch.addcmul(z_next, slot.q, slot.gamma[:, None], value=1 - self.damping)
         return z_next, _History(state.step, fz, r, best, slots)
 
-    def _extend(self, state: _History, fz: Tensor, r: Tensor, sound: Tensor) -> tuple[_Slot, ...]:
-        """The history with the newest difference in it; rows that are not ``sound`` lose theirs.
+    def _extend(self, state: _History, fz: Tensor, r: Tensor, norm: Tensor, best: Tensor) -> tuple[_Slot, ...]:
+        """The history with the newest difference in it; rows whose residual has grown lose theirs.
 
         They lose it by weights on (b,) vectors: no vector of the history is written again, and the
-        host need not know whether any row is concerned.
+        host need not know whether any row is concerned. Memory that nothing needs any more is written
+        to: that of the last residual, and of a vector that leaves the history.
         """
-        keep = sound.to(r.dtype)
+        assert state.r is not None and state.fz is not None
         full = len(state.slots) == self.memory
-        dr, df = _differences(state, fz, r, state.slots[0].p if full else None)
-        slots, components = [], []
+        own = free_to_write(r)
+        dr = difference(r, state.r, state.r if own else None)
+        df = difference(fz, state.fz, state.slots[0].p if own and full else None)
+        sound = norm <= _RESTART * best
+        keep = sound.to(r.dtype)
+        slots = []
         for q, p, gamma, weight in state.slots[full:]:
             weight = weight * keep
             h = torch.linalg.vecdot(q, dr) * weight
-            dr, df = _subtract(dr, q, h, own=True), _subtract(df, p, h, own=True)
+            dr, df = _subtract(dr, q, h, own), _subtract(df, p, h, own)
             # q.r from q.(last r), which is known, and q.dr
             slots.append(_Slot(q, p, torch.addcmul(h, gamma, keep), weight))
-            components.append(h)
         rest = torch.linalg.vector_norm(dr, dim=1)
-        usable = (rest > 0) & sound
-        if components:
-            usable = usable & (rest > _DEPENDENT * torch.linalg.vector_norm(torch.stack(components), dim=0))
+        usable = sound.logical_and_(rest > _NOISE * torch.finfo(r.dtype).eps * norm)
         # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
         inverse = (usable / torch.where(usable, rest, 1.0))[:, None]
-        q, p = _scale(dr, inverse), _scale(df, inverse)
+        q, p = (dr.mul_(inverse), df.mul_(inverse)) if own else (dr * inverse, df * inverse)
         return (*slots, _Slot(q, p, torch.linalg.vecdot(q, r), keep))
 
 
-def _differences(state: _History, fz: Tensor, r: Tensor, free: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Differences to the last residual and ``f(z)``; where nothing needs it any more, in the memory
-    of the last residual and of ``free``, a vector that leaves the history.
-    """
-    assert state.r is not None and state.fz is not None
-    if free_to_write(r):
-        return torch.sub(r, state.r, out=state.r), difference(fz, state.fz, free)
-    return r - state.r, fz - state.fz
-
-
 def _subtract(x: Tensor, direction: Tensor, length: Tensor, own: bool) -> Tensor:
-    """``x - length * direction`` row by row; in place if ``x`` is ``own`` memory and no graph needs it."""
-    if own and free_to_write(x):
+    """``x - length * direction`` row by row, in place if ``own``."""
+    if own:
         return x.addcmul_(direction, length[:, None], value=-1)
     return torch.addcmul(x, direction, length[:, None], value=-1)
-
-
-def _scale(x: Tensor, factor: Tensor) -> Tensor:
-    return x.mul_(factor) if free_to_write(x) else x * factor
