@@ -45,14 +45,15 @@ class Anderson(StepSolver):
     the oldest of an orthonormal set leaves valid secant pairs.
 
     Args:
-        memory: differences kept, >= 1.
+        memory: differences kept, >= 1; each is two vectors of the size of the state. More than 3 pays where
+            the Jacobian is far from symmetric and ``f`` expensive.
         damping: in (0, 1], the share of the residual that is added.
         start: plain steps before the first accelerated one, >= 0; easy rows are done by then.
     """
 
-    memory: int = 5
+    memory: int = 3
     damping: float = 1.0
-    start: int = 3
+    start: int = 5
 
     def __post_init__(self) -> None:
         if self.memory < 1:
@@ -85,7 +86,9 @@ class Anderson(StepSolver):
                 z_next = torch.addcmul(z_next, slot.q, slot.gamma[:, None], value=1 - self.damping)
         return z_next, _History(state.step, fz, r, best, slots)
 
-    def _extend(self, state: _History, fz: Tensor, r: Tensor, norm: Tensor, best: Tensor) -> tuple[_Slot, ...]:
+    def _extend(
+        self, state: _History, fz: Tensor, r: Tensor, norm: Tensor, best: Tensor
+    ) -> tuple[_Slot, ...]:
         """The history with the newest difference in it; rows whose residual has grown lose theirs.
 
         They lose it by weights on (b,) vectors: no vector of the history is written again, and the
