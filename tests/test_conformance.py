@@ -16,11 +16,7 @@ from twnn_plugin.solvers import linear
 from twnn_plugin.testing.adjoint_transforms import right_or_raises
 
 # What cannot hold, with the reason. Everything else must.
-EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("anderson", "coupled_rows"): "it extrapolates each of the coupled rows by itself: 90 steps, not 14",
-    ("anderson", "options"): "memory=2.5 is accepted",
-    ("broyden", "options"): "memory=2.5 is accepted",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 THROUGH_LOOP = {"unrolled", "checkpointed"}
 """Adjoints that differentiate the iterations; on tightly converged solves they are exact, too."""

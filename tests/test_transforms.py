@@ -233,9 +233,7 @@ def test_a_fix_inside_a_fix():
     w, x = data()
 
     def inner(w, y):
-        return tw.fix(
-            lambda u, y: torch.tanh(0.5 * (u @ w) + y), torch.zeros(3, 4, dtype=f64), y, **TIGHT
-        ).value
+        return tw.fix(lambda u, y: torch.tanh(0.5 * (u @ w) + y), torch.zeros_like(y), y, **TIGHT).value
 
     def value(w, x):
         return tw.fix(lambda z, x: 0.4 * inner(w, z + x), torch.zeros(3, 4, dtype=f64), x, **TIGHT).value

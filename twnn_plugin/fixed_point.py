@@ -36,6 +36,8 @@ def fix(
     throw: bool = False,
     coupled: bool = False,
     callback: Callable[[Iteration], None] | None = None,
+    check_every: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Solution:
     """Solve the fixed-point equation ``z = f(z, *context)`` for every row of a batch.
 
@@ -61,6 +63,12 @@ def fix(
         throw: raise instead of warning when rows fail.
         coupled: the rows of ``f`` influence each other: none leaves before all have converged.
         callback: called with an :class:`~twnn_plugin.types.Iteration` after each evaluation.
+        check_every: evaluations between two looks of the host at which rows are done, >= 1; ``None``: 1 on
+            the CPU, 5 on an accelerator. Results do not depend on it; rows are evaluated for at most
+            that many steps in vain, and a GPU is not held up at every step.
+        cuda_graphs: replay the evaluations between two looks as CUDA graphs. For small states, where the
+            launches of kernels are the time. ``f`` must be capturable: no host synchronisation, no shapes
+            that depend on values; the context is copied into memory of the graph's own.
 
     Returns:
         A :class:`~twnn_plugin.types.Solution`.
@@ -79,7 +87,9 @@ def fix(
         >>> solution.value.sum().backward()
     """
     control = check_control(tol, max_iter, stop, norm)
-    control = replace(control, coupled=coupled, callback=callback)
+    control = replace(
+        control, coupled=coupled, callback=callback, check_every=check_every, cuda_graphs=cuda_graphs
+    )
     method, derivative = solvers.registry.resolve(solver), adjoints.registry.resolve(adjoint)
     work = _outside if torch.compiler.is_compiling() else _fix
     return work(f, z0, context, control, method, derivative, throw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Layout:
     sizes: tuple[int, ...]
     dtype: torch.dtype
 
+    @cached_property
+    def flat(self) -> bool:
+        """Whether a state is its matrix: one tensor (B, D) of the matrix' dtype or another."""
+        return self.kind == "tensor" and len(self.shapes[0]) == 1
+
     @staticmethod
     def of(state: State, what: str = "z0") -> tuple[Layout, Tensor]:
         """The layout of a state and its (B, D) matrix.
@@ -77,7 +83,8 @@ class Layout:
         """A (b, D) matrix as a state of b rows."""
         b = matrix.shape[0]
         if self.kind == "tensor":
-            return matrix.view(b, *self.shapes[0]).to(self.dtypes[0])
+            state = matrix if self.flat else matrix.view(b, *self.shapes[0])
+            return state if self.dtypes[0] is self.dtype else state.to(self.dtypes[0])
         columns = matrix.split(list(self.sizes), dim=1)
         parts = [
             column.reshape(b, *shape).to(dtype)
@@ -91,6 +98,12 @@ class Layout:
         Raises:
             MapError: the structure, shapes or dtypes are not those of ``z0``.
         """
+        if isinstance(state, Tensor) and self.kind == "tensor" and state.dtype is self.dtype:
+            # What nearly every f returns, with as few operations as there can be.
+            if self.flat and state.shape == (rows, self.sizes[0]):
+                return state
+            if state.shape == (rows, *self.shapes[0]):
+                return state.reshape(rows, self.sizes[0])
         keys, kind, parts = _parts(state, "What f returns")
         if kind != self.kind or keys != self.keys or len(parts) != len(self.shapes):
             raise MapError(

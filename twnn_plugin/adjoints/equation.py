@@ -41,7 +41,7 @@ class Equation:
         return self.map(z, *self.context)
 
     def keep(self, rows: Tensor) -> None:
-        self.context = tuple(c[rows] for c in self.context)
+        self.context = tuple(c.index_select(0, rows) for c in self.context)
         self.size = rows.numel()
 
 
@@ -102,7 +102,7 @@ class Call:
         """The equation of all rows, or of some."""
         if rows is not None and not self.context:
             return _Embedded(self.f, self.layout, rows, self.z0.shape[0])
-        context = self.context if rows is None else tuple(c[rows] for c in self.context)
+        context = self.context if rows is None else tuple(c.index_select(0, rows) for c in self.context)
         size = self.z0.shape[0] if rows is None else rows.numel()
         return Equation(self.f, self.layout, context, size)
 

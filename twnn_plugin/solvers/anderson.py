@@ -9,21 +9,30 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from .base import Problem, StepSolver
+from .base import Problem, StepSolver, check_whole
+from .memory import difference, free_to_write
 
 __all__ = ["Anderson"]
 
 _RESTART = 1e2  # growth of ||r|| over its best that discards a row's history
-_DEPENDENT = 1e-6  # a difference that lies in the span of the others to this share is dropped
+_NOISE = 16.0  # a new direction shorter than this many ulps of the residual is rounding, and dropped
+
+
+class _Slot(NamedTuple):
+    """One difference that is kept."""
+
+    q: Tensor  # (b, D) the residual difference, orthonormal to the others'
+    p: Tensor  # (b, D) the difference of f that goes with it
+    gamma: Tensor  # (b,) the component of the last residual along q
+    weight: Tensor  # (b,) 1, or 0 in rows that started anew since
 
 
 class _History(NamedTuple):
-    step: int
+    step: int  # counted up to the first accelerated step
     fz: Tensor | None  # (b, D) the last f(z)
     r: Tensor | None  # (b, D) the last residual
     best: Tensor | None  # (b,) the smallest ||r|| so far
-    q: tuple[Tensor, ...]  # (b, D) each: orthonormal residual differences
-    p: tuple[Tensor, ...]  # (b, D) each: the differences of f that go with them
+    slots: tuple[_Slot, ...]  # oldest first
 
 
 @dataclass(frozen=True)
@@ -36,70 +45,78 @@ class Anderson(StepSolver):
     the oldest of an orthonormal set leaves valid secant pairs.
 
     Args:
-        memory: differences kept, >= 1.
+        memory: differences kept, >= 1; each is two vectors of the size of the state. More than 3 pays where
+            the Jacobian is far from symmetric and ``f`` expensive.
         damping: in (0, 1], the share of the residual that is added.
         start: plain steps before the first accelerated one, >= 0; easy rows are done by then.
     """
 
-    memory: int = 5
+    memory: int = 3
     damping: float = 1.0
-    start: int = 3
+    start: int = 5
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise OptionError(f"Option memory of solver 'anderson' must be at least 1; got {self.memory!r}.")
+        check_whole("anderson", "memory", self.memory)
+        check_whole("anderson", "start", self.start, least=0)
         if not 0 < self.damping <= 1:
             raise OptionError(f"Option damping of solver 'anderson' must be in (0, 1]; got {self.damping!r}.")
-        if self.start < 0:
-            raise OptionError(f"Option start of solver 'anderson' must be at least 0; got {self.start!r}.")
 
     def init(self, z: Tensor) -> _History:
-        return _History(0, None, None, None, (), ())
+        return _History(0, None, None, None, ())
 
     def step(
         self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _History
     ) -> tuple[Tensor, _History]:
-        plain = fz if self.damping == 1 else z + self.damping * r
+        plain = fz if self.damping == 1 else torch.add(z, r, alpha=self.damping)
         if state.step < self.start:
             newest = state.step + 1 == self.start  # the first difference needs only the last pair
-            return plain, state._replace(
-                step=state.step + 1, fz=fz if newest else None, r=r if newest else None
-            )
+            return plain, _History(state.step + 1, fz if newest else None, r if newest else None, None, ())
         norm = torch.linalg.vector_norm(r, dim=1)
-        if state.r is None or state.fz is None:  # start=0: nothing to take a difference with yet
-            return plain, state._replace(step=state.step + 1, fz=fz, r=r, best=norm)
+        if state.r is None:  # start=0: nothing to take a difference with yet
+            return plain, _History(state.step, fz, r, norm, ())
         best = norm if state.best is None else torch.minimum(norm, state.best)
-        q, p = self._extend(state, fz, r, norm <= _RESTART * best)
+        slots = self._extend(state, fz, r, norm, best)
+        own = free_to_write(r)
         z_next = plain
-        for q_j, p_j in zip(q, p, strict=True):
-            gamma = torch.linalg.vecdot(q_j, r)[:, None]
-            # p holds differences of f; with damping the step along q shortens the residual's share.
-            direction = p_j if self.damping == 1 else p_j - (1 - self.damping) * q_j
-            z_next = torch.addcmul(z_next, direction, gamma, value=-1)
-        return z_next, _History(state.step + 1, fz, r, best, q, p)
+        for slot in slots:
+            z_next = _subtract(z_next, slot.p, slot.gamma, own and z_next is not plain)
+            if self.damping != 1:  # p holds differences of f; damping takes its share of q's back
+                z_next = torch.addcmul(z_next, slot.q, slot.gamma[:, None], value=1 - self.damping)
+        return z_next, _History(state.step, fz, r, best, slots)
 
     def _extend(
-        self, state: _History, fz: Tensor, r: Tensor, sound: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The history with the newest difference in it; rows that are not ``sound`` lose theirs."""
+        self, state: _History, fz: Tensor, r: Tensor, norm: Tensor, best: Tensor
+    ) -> tuple[_Slot, ...]:
+        """The history with the newest difference in it; rows whose residual has grown lose theirs.
+
+        They lose it by weights on (b,) vectors: no vector of the history is written again, and the
+        host need not know whether any row is concerned. Memory that nothing needs any more is written
+        to: that of the last residual, and of a vector that leaves the history.
+        """
         assert state.r is not None and state.fz is not None
-        q_old, p_old = (
-            state.q[-(self.memory - 1) or len(state.q) :],
-            state.p[-(self.memory - 1) or len(state.p) :],
-        )
-        dr, df = r - state.r, fz - state.fz
-        length = torch.linalg.vector_norm(dr, dim=1)
-        for q_j, p_j in zip(q_old, p_old, strict=True):
-            h = torch.linalg.vecdot(q_j, dr)[:, None]
-            dr = torch.addcmul(dr, q_j, h, value=-1)
-            df = torch.addcmul(df, p_j, h, value=-1)
+        full = len(state.slots) == self.memory
+        own = free_to_write(r)
+        dr = difference(r, state.r, state.r if own else None)
+        df = difference(fz, state.fz, state.slots[0].p if own and full else None)
+        sound = norm <= _RESTART * best
+        keep = sound.to(r.dtype)
+        slots = []
+        for q, p, gamma, weight in state.slots[full:]:
+            weight = weight * keep
+            h = torch.linalg.vecdot(q, dr) * weight
+            dr, df = _subtract(dr, q, h, own), _subtract(df, p, h, own)
+            # q.r from q.(last r), which is known, and q.dr
+            slots.append(_Slot(q, p, torch.addcmul(h, gamma, keep), weight))
         rest = torch.linalg.vector_norm(dr, dim=1)
-        usable = (rest > _DEPENDENT * length) & sound
+        usable = sound.logical_and_(rest > _NOISE * torch.finfo(r.dtype).eps * norm)
         # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
         inverse = (usable / torch.where(usable, rest, 1.0))[:, None]
-        q, p = (*q_old, dr * inverse), (*p_old, df * inverse)
-        if not bool(sound.all()):
-            keep = sound[:, None]
-            q = tuple(torch.where(keep, q_j, 0.0) for q_j in q)
-            p = tuple(torch.where(keep, p_j, 0.0) for p_j in p)
-        return q, p
+        q, p = (dr.mul_(inverse), df.mul_(inverse)) if own else (dr * inverse, df * inverse)
+        return (*slots, _Slot(q, p, torch.linalg.vecdot(q, r), keep))
+
+
+def _subtract(x: Tensor, direction: Tensor, length: Tensor, own: bool) -> Tensor:
+    """``x - length * direction`` row by row, in place if ``own``."""
+    if own:
+        return x.addcmul_(direction, length[:, None], value=-1)
+    return torch.addcmul(x, direction, length[:, None], value=-1)

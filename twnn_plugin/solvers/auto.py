@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import OptionError
 from .axpy import add_scaled_
 from .base import Control, Outcome, Problem, StepSolver, WholeSolver
-from .joint import drive_rows
+from .driver import drive_rows
 from .measure import measure, threshold
 from .newton_krylov import Newton, NewtonKrylov, NewtonSteps
 

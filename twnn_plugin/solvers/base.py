@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from ..errors import OptionError
 from ..types import Iteration
 
-__all__ = ["Control", "Outcome", "Problem", "Solver", "StepSolver", "WholeSolver"]
+__all__ = ["Control", "Outcome", "Problem", "Solver", "StepSolver", "WholeSolver", "check_whole"]
 
 
 class Problem(Protocol):
@@ -51,6 +52,11 @@ class Control:
         coupled: rows influence each other, so all of them finish together.
         callback: called after every evaluation with an :class:`~twnn_plugin.types.Iteration`.
         parts: widths of parts of the state that must each meet the tolerance; () for the whole.
+        check_every: evaluations between two looks of the host at which rows are done, >= 1; None: 1 on
+            the CPU, 5 on an accelerator. Statuses, steps, residuals and values do not depend on it; rows
+            are evaluated for at most that many steps in vain.
+        cuda_graphs: capture the evaluations between two looks in CUDA graphs and replay them. ``f`` must
+            be capturable: no host synchronisation, no shapes that depend on values.
     """
 
     tol: float
@@ -61,6 +67,18 @@ class Control:
     coupled: bool = False
     callback: Callable[[Iteration], None] | None = None
     parts: tuple[int, ...] = ()
+    check_every: int | None = None
+    cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        every = self.check_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise OptionError(f"check_every must be a whole number, at least 1, or None; got {every!r}.")
+        if self.callback is not None and ((every or 1) > 1 or self.cuda_graphs):
+            raise OptionError(
+                "A callback looks at every evaluation, so check_every must be 1 and cuda_graphs off; got "
+                f"check_every={every!r}, cuda_graphs={self.cuda_graphs!r}."
+            )
 
 
 @dataclass
@@ -73,6 +91,14 @@ class Outcome:
     residual: Tensor
 
 
+def check_whole(solver: str, option: str, value: object, least: int = 1) -> None:
+    """Raise :class:`~twnn_plugin.errors.OptionError` unless ``value`` is a whole number >= ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(
+            f"Option {option} of solver {solver!r} must be a whole number, at least {least}; got {value!r}."
+        )
+
+
 class Solver(ABC):  # noqa: B024
     """A way to solve ``z = f(z)``; derive from :class:`StepSolver` or :class:`WholeSolver`."""
 
@@ -82,7 +108,13 @@ class StepSolver(Solver):
 
     Write it as a frozen dataclass whose fields are its options. ``init`` and ``step`` work on
     matrices: one row a sample, all rows independent of each other.
+
+    Attributes:
+        keeps_residual: whether ``step`` may hold on to ``r`` in the state or iterate that it returns.
+            If not, the driver writes every residual to the same memory.
     """
+
+    keeps_residual: ClassVar[bool] = True
 
     def init(self, z: Tensor) -> Any:
         """The method's own state at the start, from the (b, D) matrix ``z``.

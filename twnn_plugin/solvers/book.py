@@ -2,63 +2,90 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..types import Iteration, Status
 from .base import Control, Outcome, Problem
-from .measure import classify, measure, report_residual, threshold
+from .measure import Threshold, classify, measure, report_residual
 
-__all__ = ["Book"]
+__all__ = ["GROWTH", "PATIENCE", "Book", "stagnated"]
 
-_GROWTH = 1e6  # a change this many times the first state is divergence, not a transient
+GROWTH = 1e6
+"""A change this many times the first state and change is divergence, not a transient."""
+PATIENCE = 10
+"""Evaluations between looks for stagnation."""
 _FLOOR = 64.0  # changes below this many ulps of the state cannot be told from rounding
-_PATIENCE = 10  # evaluations between looks for stagnation
+
+
+def stagnated(change: Tensor, earlier: Tensor, size: Tensor) -> Tensor:
+    """(b,) bool: the change is at the rounding floor and no smaller than ``PATIENCE`` evaluations ago."""
+    return (change > 0.9 * earlier) & (change <= _FLOOR * torch.finfo(change.dtype).eps * size)
+
+
+class _Piece(NamedTuple):
+    """Rows that finished in one step: what they are and what was measured."""
+
+    rows: Tensor  # (n,) indices in the original batch
+    value: Tensor  # (n, D)
+    measured: Tensor  # (3, n) change, size and bound
+    stalled: Tensor | None  # (n,) bool; None: none of them
+    step: int
 
 
 class Book:
-    """What is known of every row, and the values of the finished ones."""
+    """What is known of every row, and the values of the finished ones.
+
+    A step costs two norms and a few operations on (b,) vectors. What can wait is put off: statuses
+    and residuals are made once, when the last row is done.
+    """
 
     def __init__(self, z: Tensor, control: Control):
         batch, device = z.shape[0], z.device
-        self.control = control
+        if control.scale is not None and control.scale.requires_grad:
+            control = replace(control, scale=control.scale.detach())
+        self.control = self._asked = control
+        self.threshold = Threshold(control, z)
         self.batch = batch
         self.unfinished = batch
         self.rows = torch.arange(batch, device=device)  # original index of each present row
         self.alive: Tensor | None = None  # (b,) present rows that are not finished; None: all
-        self.status = torch.full((batch,), int(Status.max_iter), device=device)
-        self.steps = torch.full((batch,), control.max_iter, device=device)
-        self.residual = torch.full((batch,), float("nan"), device=device, dtype=z.dtype)
         self.limit: Tensor | None = None
         self.earlier: Tensor | None = None
-        self.pieces: list[tuple[Tensor, Tensor]] = []
+        self.stalled: Tensor | None = None
+        self.pieces: list[_Piece] = []
+        self._ran_out = False
 
-    @torch.no_grad()
     def look(self, k: int, z: Tensor, fz: Tensor, r: Tensor, problem: Problem) -> Tensor | None:
         """(b,) bool of the rows that finish now, or None; keeps the measurements for ``finish``."""
-        change, size = measure(r.detach(), fz.detach(), self.control.norm, self.control.parts)
-        bound = threshold(size, self.control)
+        control = self.control
+        if r.requires_grad:
+            r, fz = r.detach(), fz.detach()
+        change, size = measure(r, fz, control.norm, control.parts)
+        bound = self.threshold(size)
         if self.limit is None:
-            self.limit = _GROWTH * (change + size)
-            if self.control.coupled:  # a row that starts at rest may be set moving by another
+            self.limit = GROWTH * (change + size)
+            if control.coupled:  # a row that starts at rest may be set moving by another
                 self.limit = self.limit.amax().expand_as(self.limit)
-        going_on = (change > bound) & (change < self.limit)  # false for NaN
-        stalled = None
-        if k % _PATIENCE == 0:
+        going_on = (change > bound).logical_and_(change < self.limit)  # false for NaN
+        self.change, self.size, self.bound, self.stalled = change, size, bound, None
+        if k % PATIENCE == 0:
             if self.earlier is not None:
-                floor = _FLOOR * torch.finfo(change.dtype).eps * size
-                stalled = (change > 0.9 * self.earlier) & (change <= floor)
-                going_on &= ~stalled
+                self.stalled = stagnated(change, self.earlier, size)
+                going_on &= ~self.stalled
             self.earlier = change
-        self.change, self.size, self.bound, self.stalled = change, size, bound, stalled
-        if self.control.callback is not None:
+        if control.callback is not None:
             self._call_back(k, z, problem)
-        if self.control.coupled:
+        if control.coupled:
             self._couple(going_on)
-        leaving = ~going_on if self.alive is None else self.alive & ~going_on
-        return leaving if bool(leaving.any()) else None
+        if self.alive is None:
+            return None if bool(going_on.all()) else going_on.logical_not_()
+        going_on.logical_and_(self.alive)
+        return None if torch.equal(going_on, self.alive) else going_on.logical_xor_(self.alive)
 
     def _couple(self, going_on: Tensor) -> None:
         # Coupled rows finish together: while any of them still moves, none is at its fixed point.
@@ -74,50 +101,86 @@ class Book:
 
     def finish(self, leaving: Tensor, k: int, z: Tensor, fz: Tensor) -> None:
         """Write down the rows that leave."""
-        everyone = self.alive is None and bool(leaving.all())
-        local = torch.nonzero(leaving).flatten()
-        rows = self.rows[local]
-        bound = self.bound[local] if isinstance(self.bound, Tensor) else self.bound
-        code = classify(self.change[local], bound)
-        if self.stalled is not None:
-            code = torch.where(
-                self.stalled[local] & (code == int(Status.diverged)), int(Status.stagnated), code
-            )
-        self.status[rows] = code
-        self.steps[rows] = k
-        self.residual[rows] = report_residual(self.change, self.size, self.control)[local]
-        value = z if everyone else z[local]
-        broken = code == int(Status.non_finite)
-        if bool(broken.any()):  # NaN in, NaN out: the value shows what f returned
-            value = torch.where(broken[:, None], fz if everyone else fz[local], value)
-        self.pieces.append((rows, value))
-        self.alive = ~leaving if self.alive is None else self.alive & ~leaving
-        self.unfinished -= local.numel()
+        local = torch.nonzero(leaving).squeeze(1)
+        if local.numel() == self.batch:
+            rows, value, measured, stalled = self.rows, z, self._measured(), self.stalled
+        else:
+            rows = self.rows.index_select(0, local)
+            value = z.index_select(0, local)
+            measured = self._measured().index_select(1, local)
+            stalled = None if self.stalled is None else self.stalled.index_select(0, local)
+        # Summed, so that one number says whether a closer look is needed.
+        if not math.isfinite(float(measured.sum())):  # NaN in, NaN out: the value is what f returned
+            broken = classify(measured[0], measured[2]) == int(Status.non_finite)
+            value = torch.where(broken[:, None], fz.index_select(0, local), value)
+        self.pieces.append(_Piece(rows, value, measured, stalled, k))
+        self.alive = ~leaving if self.alive is None else self.alive ^ leaving
+        self._less(local.numel())
 
     def exhaust(self, fz: Tensor) -> None:
         """Write down the rows for which the evaluations ran out; their value is the newest state."""
-        local = slice(None) if self.alive is None else torch.nonzero(self.alive).flatten()
-        rows = self.rows[local]
-        self.residual[rows] = report_residual(self.change, self.size, self.control)[local]
-        self.pieces.append((rows, fz[local]))
-        self.unfinished = 0
+        if self.alive is None:
+            rows, value, measured = self.rows, fz, self._measured()
+        else:
+            local = torch.nonzero(self.alive).squeeze(1)
+            rows, value = self.rows.index_select(0, local), fz.index_select(0, local)
+            measured = self._measured().index_select(1, local)
+        self.pieces.append(_Piece(rows, value, measured, None, self.control.max_iter))
+        self._ran_out = True
+        self._less(rows.numel())
+
+    def _measured(self) -> Tensor:
+        return torch.stack((self.change, self.size, self.bound.expand_as(self.change)))
 
     def compact(self) -> Tensor:
         """Drop the finished rows; the indices of those that stay."""
         assert self.alive is not None and self.limit is not None
-        keep = torch.nonzero(self.alive).flatten()
-        self.rows, self.limit, self.alive = self.rows[keep], self.limit[keep], None
+        keep = torch.nonzero(self.alive).squeeze(1)
+        self.rows, self.limit = self.rows.index_select(0, keep), self.limit.index_select(0, keep)
+        self.alive = None
         if self.earlier is not None:
-            self.earlier = self.earlier[keep]
+            self.earlier = self.earlier.index_select(0, keep)
         if self.control.scale is not None:
-            self.control = replace(self.control, scale=self.control.scale[keep])
+            self.control = replace(self.control, scale=self.control.scale.index_select(0, keep))
+            self.threshold = Threshold(self.control, self.limit)
         return keep
 
+    def _less(self, rows: int) -> None:
+        self.unfinished -= rows
+        if self.unfinished == 0:
+            self._close()
+
+    def _close(self) -> None:
+        """Statuses, steps and residuals of the whole batch, in its order."""
+        pieces = self.pieces
+        measured = torch.cat([piece.measured for piece in pieces], dim=1)
+        facts = torch.stack(
+            [
+                torch.cat([piece.rows for piece in pieces]),
+                torch.cat([torch.full_like(piece.rows, piece.step) for piece in pieces]),
+                torch.cat([_stalled(piece) for piece in pieces]),
+            ]
+        )
+        self._order = None
+        if len(pieces) > 1:
+            self._order = torch.argsort(facts[0])
+            measured, facts = measured.index_select(1, self._order), facts.index_select(1, self._order)
+        change, size, bound = measured.unbind()
+        _, self.steps, stalled = facts.unbind()
+        status = classify(change, bound)
+        stalled = stalled.bool() & (status == int(Status.diverged))
+        self.status = torch.where(stalled, int(Status.stagnated), status)
+        if self._ran_out:
+            self.status[pieces[-1].rows] = int(Status.max_iter)
+        self.residual = report_residual(change, size, self._asked)
+
     def outcome(self) -> Outcome:
-        """The whole batch, in its order."""
-        if len(self.pieces) == 1 and self.pieces[0][0].numel() == self.batch:
-            value = self.pieces[0][1]
-        else:
-            order = torch.cat([rows for rows, _ in self.pieces])
-            value = torch.cat([piece for _, piece in self.pieces])[torch.argsort(order)]
+        """The whole batch, in its order; every row must be finished."""
+        value = self.pieces[0].value
+        if self._order is not None:
+            value = torch.cat([piece.value for piece in self.pieces]).index_select(0, self._order)
         return Outcome(value, self.status, self.steps, self.residual)
+
+
+def _stalled(piece: _Piece) -> Tensor:
+    return torch.zeros_like(piece.rows) if piece.stalled is None else piece.stalled.to(piece.rows.dtype)

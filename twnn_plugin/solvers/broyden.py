@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from .base import Problem, StepSolver
+from .base import Problem, StepSolver, check_whole
 
 __all__ = ["Broyden"]
 
@@ -17,12 +16,19 @@ _RESTART = 1e2  # growth of ||r|| over its best that discards a row's history
 _DEGENERATE = 1e-7  # an update whose denominator is this small against its factors is left out
 
 
+class _Pair(NamedTuple):
+    """One update: the inverse Jacobian is minus the identity plus the sum of ``weight * u v^T``."""
+
+    u: Tensor  # (b, D)
+    v: Tensor  # (b, D)
+    weight: Tensor  # (b, 1) 1, or 0 in rows that started anew since
+
+
 class _Pairs(NamedTuple):
     z: Tensor | None  # (b, D) the last iterate
     r: Tensor | None  # (b, D) its residual
     best: Tensor | None  # (b,) the smallest ||r|| so far
-    u: tuple[Tensor, ...]  # (b, D) each: the inverse Jacobian is -I + sum of u v^T
-    v: tuple[Tensor, ...]
+    pairs: tuple[_Pair, ...]
 
 
 @dataclass(frozen=True)
@@ -41,45 +47,41 @@ class Broyden(StepSolver):
     memory: int = 15
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise OptionError(f"Option memory of solver 'broyden' must be at least 1; got {self.memory!r}.")
+        check_whole("broyden", "memory", self.memory)
 
     def init(self, z: Tensor) -> _Pairs:
-        return _Pairs(None, None, None, (), ())
+        return _Pairs(None, None, None, ())
 
     def step(
         self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _Pairs
     ) -> tuple[Tensor, _Pairs]:
         norm = torch.linalg.vector_norm(r, dim=1)
         if state.z is None or state.r is None or state.best is None:
-            return fz, _Pairs(z, r, norm, (), ())
-        u, v = state.u, state.v
-        if len(u) == self.memory:
-            u, v = (), ()
-        u, v = _update(u, v, z - state.z, r - state.r)
-        sound = norm <= _RESTART * state.best
-        if not bool(sound.all()):
-            u = tuple(torch.where(sound[:, None], u_j, 0.0) for u_j in u)
-        return z - _inverse(u, v, r), _Pairs(z, r, torch.minimum(norm, state.best), u, v)
+            return fz, _Pairs(z, r, norm, ())
+        pairs = () if len(state.pairs) == self.memory else state.pairs
+        # Weights, since the host need not know whether any row starts anew.
+        sound = (norm <= _RESTART * state.best).to(r.dtype)[:, None]
+        newest = _update(pairs, z - state.z, r - state.r)
+        pairs = tuple(p._replace(weight=p.weight * sound) for p in (*pairs, newest))
+        return z - _inverse(pairs, r), _Pairs(z, r, torch.minimum(norm, state.best), pairs)
 
 
-def _inverse(u: tuple[Tensor, ...], v: tuple[Tensor, ...], x: Tensor) -> Tensor:
-    """``(-I + sum u v^T) x``, row by row."""
+def _inverse(pairs: tuple[_Pair, ...], x: Tensor, transposed: bool = False) -> Tensor:
+    """``(-I + sum u v^T) x``, or its transpose's product, row by row."""
     product = -x
-    for u_j, v_j in zip(u, v, strict=True):
-        product = torch.addcmul(product, u_j, torch.linalg.vecdot(v_j, x)[:, None])
+    for u, v, weight in pairs:
+        u, v = (v, u) if transposed else (u, v)
+        product = torch.addcmul(product, u, torch.linalg.vecdot(v, x)[:, None] * weight)
     return product
 
 
-def _update(
-    u: tuple[Tensor, ...], v: tuple[Tensor, ...], dz: Tensor, dr: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The pairs with the newest secant in them (Sherman & Morrison)."""
-    moved = _inverse(u, v, dr)
-    left = _inverse(v, u, dz)  # the transposed inverse
+def _update(pairs: tuple[_Pair, ...], dz: Tensor, dr: Tensor) -> _Pair:
+    """The newest secant as an update of the inverse (Sherman & Morrison)."""
+    moved = _inverse(pairs, dr)
+    left = _inverse(pairs, dz, transposed=True)
     denominator = torch.linalg.vecdot(left, dr)
     scale = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(dr, dim=1)
     usable = denominator.abs() > _DEGENERATE * scale
     # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
     factor = (usable / torch.where(usable, denominator, 1.0))[:, None]
-    return (*u, (dz - moved) * factor), (*v, left)
+    return _Pair((dz - moved) * factor, left, torch.ones_like(factor))

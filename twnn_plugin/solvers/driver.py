@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..trees import rebuild
+from ..errors import OptionError
 from .base import Control, Outcome, Problem, Solver, StepSolver, WholeSolver
 from .book import Book
+from .graphs import Graphs
+from .joint import Joint
+from .masked import drive_masked, take
+from .memory import difference, free_to_write
 
-__all__ = ["drive", "solve"]
+__all__ = ["drive", "drive_rows", "solve"]
+
+
+_CHECK_EVERY = 5  # on an accelerator: a host synchronisation costs a few launches of small kernels
 
 
 def solve(solver: Solver, problem: Problem, z: Tensor, control: Control) -> Outcome:
-    """Solve ``z = f(z)`` from the (B, D) matrix ``z`` with any solver."""
+    """Solve ``z = f(z)`` from the (B, D) matrix ``z`` with any solver.
+
+    Raises:
+        OptionError: ``cuda_graphs`` is asked for off CUDA, where gradients are recorded or with a solver
+            that runs its own loop.
+    """
+    if control.cuda_graphs:
+        _check_graphs(solver, z)
     if z.shape[0] == 0 or z.shape[1] == 0:
         empty = torch.zeros(z.shape[0], device=z.device)
         return Outcome(z, empty.long(), empty.long(), empty)
     if isinstance(solver, WholeSolver):
         return solver.solve(problem, z, control)
     assert isinstance(solver, StepSolver)
+    if control.coupled:
+        solver = Joint(solver)
+    every = control.check_every or (1 if z.device.type == "cpu" or control.callback else _CHECK_EVERY)
+    if control.cuda_graphs:
+        with torch.cuda.device(z.device):
+            return drive_masked(solver, problem, z, control, every, Graphs())
+    if every > 1:
+        return drive_masked(solver, problem, z, control, every)
     return drive(solver, problem, z, control)
+
+
+def _check_graphs(solver: Solver, z: Tensor) -> None:
+    if z.device.type != "cuda":
+        raise OptionError(f"cuda_graphs needs a state on a CUDA device; got one on {z.device}.")
+    if not isinstance(solver, StepSolver):
+        raise OptionError(
+            f"cuda_graphs needs a solver whose loop the driver owns; {type(solver).__name__} runs its own. "
+            "Use 'picard', 'anderson' or 'broyden', or leave cuda_graphs out."
+        )
+    if torch.is_grad_enabled():
+        raise OptionError(
+            "cuda_graphs replays evaluations that autograd does not see: use an adjoint that solves without "
+            "recording, such as 'implicit', or torch.no_grad()."
+        )
 
 
 def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> Outcome:
@@ -33,9 +71,12 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
     """
     book = Book(z, control)
     state = solver.init(z)
+    spare: Tensor | None = None
     for k in range(1, control.max_iter + 1):
         fz = problem.evaluate(z)
-        r = fz - z
+        r = difference(fz, z, spare)
+        if spare is None and not solver.keeps_residual and free_to_write(r):
+            spare = r
         leaving = book.look(k, z, fz, r, problem)
         if leaving is not None:
             book.finish(leaving, k, z, fz)
@@ -48,10 +89,23 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
         may_leave = leaving is not None and problem.can_leave and not control.coupled
         if may_leave and book.unfinished < problem.leave_share * problem.size:
             keep = book.compact()
-            z, state = z[keep], _take(state, keep)
+            z, state = z.index_select(0, keep), take(state, keep)
             problem.keep(keep)
+            spare = None
     return book.outcome()
 
 
-def _take(state: Any, rows: Tensor) -> Any:
-    return rebuild(state, lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf)
+def drive_rows(
+    make: Callable[[Control], StepSolver], problem: Problem, z: Tensor, control: Control
+) -> Outcome:
+    """Drive a step solver that weighs rows: each by itself, or as one where they are coupled.
+
+    Args:
+        make: the step solver for a control; for coupled rows that of the joint row.
+        problem: the equation.
+        z: (B, D) starting states.
+        control: when a row is finished.
+    """
+    if not control.coupled:
+        return drive(make(control), problem, z, control)
+    return drive(Joint(make(replace(control, scale=None, parts=()))), problem, z, control)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from .base import Control, Outcome, Problem, StepSolver
-from .driver import drive
+from .base import Problem, StepSolver
 
-__all__ = ["Joint", "drive_rows"]
+__all__ = ["Joint"]
 
 
 @dataclass(frozen=True)
@@ -36,19 +34,3 @@ class Joint(StepSolver):
             problem, z.reshape(whole), fz.reshape(whole), r.reshape(whole), state
         )
         return z_next.view_as(z), state
-
-
-def drive_rows(
-    make: Callable[[Control], StepSolver], problem: Problem, z: Tensor, control: Control
-) -> Outcome:
-    """Drive a step solver that weighs rows: each by itself, or as one where they are coupled.
-
-    Args:
-        make: the step solver for a control; for coupled rows that of the joint row.
-        problem: the equation.
-        z: (B, D) starting states.
-        control: when a row is finished.
-    """
-    if not control.coupled:
-        return drive(make(control), problem, z, control)
-    return drive(Joint(make(replace(control, scale=None, parts=()))), problem, z, control)

@@ -8,10 +8,12 @@ from torch import Tensor
 from ..types import Status
 from .base import Control
 
-__all__ = ["EPS", "classify", "measure", "report_residual", "threshold"]
+__all__ = ["EPS", "Threshold", "classify", "measure", "report_residual", "threshold"]
 
 EPS = 1e-9
 """Added to ``||f(z)||`` so that a fixed point at zero can be met (torchdeq's constant)."""
+
+_norm = torch.linalg.vector_norm
 
 
 def measure(r: Tensor, fz: Tensor, norm: str, parts: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
@@ -31,10 +33,10 @@ def measure(r: Tensor, fz: Tensor, norm: str, parts: tuple[int, ...] = ()) -> tu
         change, size = (torch.stack(x) for x in zip(*(measure(a, b, norm) for a, b in each), strict=True))
         worst = (change / (size + EPS)).argmax(dim=0, keepdim=True)  # NaN counts as the largest
         return change.gather(0, worst)[0], size.gather(0, worst)[0]
-    size = torch.linalg.vector_norm(fz, dim=1)
+    size = _norm(fz, dim=1)
     if norm == "l2":
-        return torch.linalg.vector_norm(r, dim=1), size
-    return r.abs().amax(dim=1), size / fz.shape[1] ** 0.5
+        return _norm(r, dim=1), size
+    return _norm(r, float("inf"), dim=1), size / fz.shape[1] ** 0.5
 
 
 def threshold(size: Tensor, control: Control) -> Tensor | float:
@@ -44,6 +46,27 @@ def threshold(size: Tensor, control: Control) -> Tensor | float:
     return control.tol * (size + EPS) if control.stop == "rel" else control.tol
 
 
+class Threshold:
+    """:func:`threshold` in one operation, for a loop.
+
+    Args:
+        control: the stopping rule.
+        like: a tensor of the dtype and device that is measured in.
+    """
+
+    def __init__(self, control: Control, like: Tensor):
+        self.relative = control.scale is None and control.stop == "rel"
+        # Tensors of no dimension: operations with Python numbers cost more than the arithmetic.
+        self._tol = torch.full((), control.tol, dtype=like.dtype, device=like.device)
+        self._base = self._tol * EPS if self.relative else self._tol
+        if control.scale is not None:
+            self._base = self._tol * control.scale
+
+    def __call__(self, size: Tensor) -> Tensor:
+        """(b,), or of no dimension where all rows have the same: the bound for states of this size."""
+        return torch.addcmul(self._base, size, self._tol) if self.relative else self._base
+
+
 def report_residual(change: Tensor, size: Tensor, control: Control) -> Tensor:
     """The residual as users read it: relative or absolute, as ``stop`` says."""
     if control.scale is not None:
@@ -51,11 +74,11 @@ def report_residual(change: Tensor, size: Tensor, control: Control) -> Tensor:
     return change / (size + EPS) if control.stop == "rel" else change
 
 
-def classify(change: Tensor, limit: Tensor | float) -> Tensor:
-    """Statuses of rows that leave: converged within ``limit``, else diverged or non-finite."""
-    # Where a norm overflows, its limit is infinite, too: infinity is no convergence.
+def classify(change: Tensor, bound: Tensor | float) -> Tensor:
+    """Statuses of rows that leave: converged within ``bound``, else diverged or non-finite."""
+    # Where a norm overflows, its bound is infinite, too: infinity is no convergence.
     finite = torch.isfinite(change)
-    if isinstance(limit, Tensor):
-        finite = finite & torch.isfinite(limit)
+    if isinstance(bound, Tensor):
+        finite = finite & torch.isfinite(bound)
     failed = torch.where(finite, int(Status.diverged), int(Status.non_finite))
-    return torch.where((change <= limit) & finite, int(Status.converged), failed)
+    return torch.where((change <= bound) & finite, int(Status.converged), failed)

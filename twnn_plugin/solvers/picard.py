@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import OptionError
@@ -26,9 +27,11 @@ class Picard(StepSolver):
 
     damping: float = 1.0
 
+    keeps_residual: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise OptionError(f"Option damping of solver 'picard' must be in (0, 1]; got {self.damping!r}.")
 
     def step(self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return (fz if self.damping == 1 else z + self.damping * r), None
+        return (fz if self.damping == 1 else torch.add(z, r, alpha=self.damping)), None
