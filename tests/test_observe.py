@@ -455,3 +455,14 @@ def test_solves_inside_models_are_heard_with_the_rows_of_their_batch():
         # the solve is not its place in the batch.
         gaps += int(info.rows == 6 and not bool(record.open.int().diff().le(0).all()))
     assert gaps
+
+
+def test_whoever_watches_iterates_sees_each_of_them_whatever_check_every_says():
+    trace = tw.Trace()
+    tw.register_plugin(trace, "every one")
+    try:
+        x = torch.ones(3, 2)
+        solution = tw.fix(lambda z, x: 0.5 * z + x, 0 * x, x, tol=1e-4, check_every=5)
+    finally:
+        tw.unregister_plugin("every one")
+    assert trace.newest.steps.tolist() == list(range(1, int(solution.steps.max()) + 1))

@@ -163,8 +163,8 @@ def _run(
                 f"{got}. What all rows share belongs into f itself."
             )
     watch = observe.watch(control, start, solver, adjoint) if observe.listeners() else None
-    if watch is not None:
-        control = replace(control, callback=watch.callback)
+    if watch is not None and watch.callback is not None:  # whoever watches iterates sees each of them
+        control = replace(control, callback=watch.callback, check_every=None, cuda_graphs=False)
     call = Call(f, layout, start, context, solver, control, settled)
     reports: list[AdjointReport] = []
     outcome = adjoint.run_transformed(call, reports) if transforms.active() else adjoint.run(call, reports)

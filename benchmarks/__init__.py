@@ -1,0 +1,1 @@
+"""``python -m benchmarks NAME``: one benchmark for each question; results are dated folders."""

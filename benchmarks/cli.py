@@ -1,0 +1,121 @@
+"""The command line: ``python -m benchmarks NAME``, ``index``, ``--list``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from twnn_plugin.errors import nearest
+
+from . import backward, gpu, solvers  # noqa: F401  (they register themselves)
+from .harness import REGISTRY, BenchError, Settings, find, run
+from .index import write_index
+
+__all__ = ["main"]
+
+
+class OneLine(click.Command):
+    """A command that reports bad input as one line on stderr, with exit code 2."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run and exit."""
+        extra.pop("standalone_mode", None)
+        try:
+            sys.exit(super().main(*args, standalone_mode=False, **extra) or 0)
+        except click.NoSuchOption as error:
+            known = [name for option in self.params for name in option.opts if name.startswith("-")]
+            _fail(f"Unknown option {error.option_name}.{nearest(error.option_name, known)}")
+        except click.ClickException as error:
+            _fail(f"{error.format_message()} See 'python -m benchmarks --help'.")
+        except BenchError as error:
+            _fail(str(error))
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("Interrupted. The finished cells are kept: go on with --resume FOLDER.", err=True)
+            sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    click.echo("Error: " + " ".join(message.split()), err=True)
+    sys.exit(2)
+
+
+def _seeds(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(dict.fromkeys(int(part) for part in value.split(",")))
+    except ValueError:
+        seeds = ()
+    if not seeds or min(seeds) < 0:
+        raise click.BadParameter(
+            f"whole numbers >= 0 with commas between them, such as 0,1,2; got {value!r}."
+        )
+    return seeds
+
+
+@click.command("benchmarks", cls=OneLine, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("name", required=False)
+@click.option("--list", "list_them", is_flag=True, help="Show the benchmarks and their questions.")
+@click.option("--quick", is_flag=True, help="Small and short, to see that everything works; needs --out.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seeds", callback=_seeds, default="0", show_default=True, help="Such as 0,1,2.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="torch's threads.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="Times more timing."
+)
+@click.option("--only", multiple=True, help="Cells whose key contains this; may be repeated.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
+@click.option(
+    "--resume",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder of an interrupted run: its finished cells are not run again.",
+)
+@click.pass_context
+def main(
+    context: click.Context,
+    name: str | None,
+    list_them: bool,
+    quick: bool,
+    device: str,
+    seeds: tuple[int, ...],
+    threads: int,
+    budget: float,
+    only: tuple[str, ...],
+    out: Path | None,
+    resume: Path | None,
+) -> None:
+    """Run the benchmark NAME, or make the page of all committed results (NAME 'index').
+
+    Results go into a dated folder in benchmarks/results, or into --out: result.json, table.md, plots.
+    """
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+    if list_them or name is None:
+        _list(console)
+        if not list_them:
+            raise click.UsageError("Say which benchmark to run.")
+        return
+    if name == "index":
+        click.echo(write_index())
+        return
+    if name not in REGISTRY:
+        known = [*sorted(REGISTRY), "index"]
+        raise BenchError(f"Unknown benchmark {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
+    if out is not None and resume is not None:
+        raise BenchError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
+    if name == "gpu" and context.get_parameter_source("device") == ParameterSource.DEFAULT:
+        device = "cuda"
+    settings = Settings(device, quick, seeds, threads, only, budget)
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    run(find(name), settings, out=out, resume=resume, command=command, console=console)
+
+
+def _list(console: Console) -> None:
+    table = RichTable("name", "question")
+    for name in sorted(REGISTRY):
+        table.add_row(name, REGISTRY[name].question)
+    Console(width=console.width).print(table)

@@ -1,0 +1,30 @@
+"""What every benchmark shares: timing, memory, counting, provenance, cells that fail alone, results."""
+
+from .bench import REGISTRY, BenchError, Benchmark, Cell, Claim, Settings, Table, find, register
+from .counting import Counts, counted
+from .memory import peak_bytes
+from .provenance import provenance
+from .run import run
+from .timing import Spread, Stopwatch, interleave, ratio_of, spread_of
+
+__all__ = [
+    "REGISTRY",
+    "BenchError",
+    "Benchmark",
+    "Cell",
+    "Claim",
+    "Counts",
+    "Settings",
+    "Spread",
+    "Stopwatch",
+    "Table",
+    "counted",
+    "find",
+    "interleave",
+    "peak_bytes",
+    "provenance",
+    "ratio_of",
+    "register",
+    "run",
+    "spread_of",
+]

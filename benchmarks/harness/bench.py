@@ -1,0 +1,131 @@
+"""What a benchmark is: cells that are run one by one, and tables, plots and claims made of their data.
+
+A cell's data are plain JSON values, so that tables and plots can be made again from a results folder.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twnn_plugin.errors import nearest
+
+__all__ = ["REGISTRY", "BenchError", "Benchmark", "Cell", "Claim", "Settings", "Table", "find", "register"]
+
+
+class BenchError(ValueError):
+    """A mistake of the user's: one line on stderr, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked to do; recorded with its results.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        quick: small problems and few rounds: shows that everything works, its figures are noise.
+        seeds: one set of cells for each.
+        threads: torch's intra-op threads on the CPU.
+        only: run the cells whose key contains one of these; empty: all.
+        budget: multiplies the time that each cell spends on timing.
+    """
+
+    device: str = "cpu"
+    quick: bool = False
+    seeds: tuple[int, ...] = (0,)
+    threads: int = 1
+    only: tuple[str, ...] = ()
+    budget: float = 1.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {**asdict(self), "seeds": list(self.seeds), "only": list(self.only)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit of work that can fail alone: a unique key and JSON options."""
+
+    key: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is written, and, unless it is long, printed."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of the index page, as strings made from measured figures.
+
+    Attributes:
+        claim: what is claimed, in words.
+        peer: the peer's (or a paper's) figure.
+        ours: our figure.
+        ratio: the headline ratio with its spread, or what stands in its place.
+        target: what was to be reached.
+        met: ``"yes"``, ``"no"``, ``"not measured"`` or ``"in part"``.
+    """
+
+    claim: str
+    peer: str
+    ours: str
+    ratio: str
+    target: str
+    met: str
+
+
+class Benchmark(ABC):
+    """A question with its cells. Derive, set the two attributes, and ``register`` an instance."""
+
+    name: str
+    question: str
+
+    @abstractmethod
+    def cells(self, settings: Settings) -> list[Cell]:
+        """The work, in the order in which it is done."""
+
+    @abstractmethod
+    def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
+        """Measure one cell; what it raises is recorded as the cell's failure."""
+
+    @abstractmethod
+    def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
+        """Tables of the finished cells (``{"key", "options", "status", "reason", "data"}``)."""
+
+    def plots(self, cells: list[dict[str, Any]], folder: Path) -> list[Path]:
+        """Write small PNG files into the folder; their paths."""
+        return []
+
+    def claims(self, cells: list[dict[str, Any]]) -> list[Claim]:
+        """Lines for the index page."""
+        return []
+
+    def check(self, settings: Settings) -> None:  # noqa: B027  (most run with any settings)
+        """Raise :class:`BenchError` where this benchmark cannot run with these settings."""
+
+
+REGISTRY: dict[str, Benchmark] = {}
+
+
+def register(benchmark: Benchmark) -> Benchmark:
+    """Make a benchmark known by its name."""
+    REGISTRY[benchmark.name] = benchmark
+    return benchmark
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark of this name; :class:`BenchError` with the nearest name if there is none."""
+    if name not in REGISTRY:
+        known = ", ".join(sorted(REGISTRY))
+        raise BenchError(f"Unknown benchmark {name!r}.{nearest(name, REGISTRY)} Known: {known}.")
+    return REGISTRY[name]

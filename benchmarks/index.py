@@ -1,0 +1,81 @@
+"""``benchmarks/README.md``, made from the committed results: no figure on it is typed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .harness.run import RESULTS, load
+
+__all__ = ["PAGE", "render_index", "write_index"]
+
+PAGE = RESULTS.parent / "README.md"
+
+_HEAD = """# Benchmarks
+
+<!-- Made by `python -m benchmarks index` from the files in results/. Do not edit. -->
+
+One command for each question; `python -m benchmarks --list` shows them. A run writes `result.json`
+(figures, versions, seeds, command), `table.md` and plots into a dated folder of `results/`; this page is made
+from those files by `python -m benchmarks index`, and a test fails if they disagree.
+
+Ratios are medians over interleaved rounds with their quartiles; above 1 ours is faster; in parentheses, the
+ratio if torchdeq's `simple_fixed_point_iter` counts, which has no stopping rule and is told the right number
+of iterations. "Equal gradient error" and what counts as converged are defined in `solving/compare.py`, the
+problems in `solving/problems.py`, and torchdeq's settings, with where they come from, in
+`solving/candidates.py`.
+"""
+_DEVICES = (
+    ("cpu", "On a CPU", "not yet measured on a CPU"),
+    ("cuda", "On a GPU", "not yet measured on a GPU"),
+)
+
+
+def render_index(results: Path = RESULTS) -> str:
+    """The page for a folder of results."""
+    found = [(folder, load(folder)) for folder in _newest(results)]
+    parts = [_HEAD]
+    for device, title, missing in _DEVICES:
+        mine = [(f, r) for f, r in found if r["provenance"]["settings"]["device"] == device]
+        parts.append(f"## {title}\n")
+        parts += [_section(folder, result) for folder, result in mine] or [f"{missing}\n"]
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def write_index(results: Path = RESULTS, page: Path = PAGE) -> Path:
+    """Write the page; its path."""
+    page.write_text(render_index(results), encoding="utf-8")
+    return page
+
+
+def _newest(results: Path) -> list[Path]:
+    """Of each benchmark and device the newest folder, in the order of their names.
+
+    Folders are called DATE_NAME_DEVICE, or DATE_gpu.
+    """
+    newest: dict[str, Path] = {}
+    for folder in sorted(p.parent for p in results.glob("*/result.json")):
+        newest[folder.name.partition("_")[2]] = folder
+    return [newest[what] for what in sorted(newest)]
+
+
+def _section(folder: Path, result: dict[str, Any]) -> str:
+    origin = result["provenance"]
+    where = origin["gpu"] or f"{origin['cpu']}, {origin['threads']} thread(s)"
+    code = origin["commit"][:12] + (" with local changes" if origin["dirty"] else "")
+    failed = [cell["key"] for cell in result["cells"] if cell["status"] != "ok"]
+    lines = [
+        f"### {result['benchmark']}: {result['question']}",
+        "",
+        f"`{origin['command']}`, {origin['date'][:10]}, commit {code}, {where}, torch {origin['torch']}, "
+        f"torchdeq {origin['torchdeq']}, seeds {', '.join(map(str, origin['settings']['seeds']))}; "
+        f"[all figures](results/{folder.name}/table.md).",
+        "",
+        "| claim | peer's figure | ours | measured | to reach | met? |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = ("claim", "peer", "ours", "ratio", "target", "met")
+    lines += ["| " + " | ".join(claim[name] for name in names) + " |" for claim in result["claims"]]
+    if failed:
+        lines += ["", f"Failed cells: {', '.join(failed)}."]
+    return "\n".join([*lines, ""])

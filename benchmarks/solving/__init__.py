@@ -1,0 +1,1 @@
+"""Problems, references and candidates that the benchmarks ``solvers``, ``backward`` and ``gpu`` share."""
