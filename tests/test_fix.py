@@ -314,3 +314,16 @@ def test_closing_over_the_batch_while_passing_context_says_what_to_do():
     x = torch.linspace(-3, 3, 16)[:, None].repeat(1, 4)
     with pytest.raises((tw.MapError, RuntimeError)):
         tw.fix(lambda z, y: tanh_map(z, x), torch.zeros(16, 4), x, tol=1e-6, solver="picard")
+
+
+def test_solving_in_inference_mode_first_leaves_nothing_that_gradients_stumble_over():
+    # Anderson keeps constants by dtype; float16 states are solved for in float32, so float64 is new here.
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+    solver = tw.solver("anderson", start=0, memory=4)
+    with torch.inference_mode():
+        tw.fix(lambda z, x: torch.tanh(0.9 * z + x), 0 * x, x, solver=solver, tol=1e-8)
+    x.requires_grad_()
+    solution = tw.fix(
+        lambda z, x: torch.tanh(0.9 * z + x), 0 * x.detach(), x, solver=solver, tol=1e-8, adjoint="unrolled"
+    )
+    assert bool(torch.autograd.grad(solution.value.sum(), x)[0].any())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..solvers import Solver
+from ..solvers.picard import Picard
 from .implicit import Implicit
 
 __all__ = ["ADFixedPoint"]
@@ -31,4 +33,4 @@ class ADFixedPoint(Implicit):
 
     name: ClassVar[str] = "ad_fixed_point"
     joint: ClassVar[bool] = True
-    default_solver: ClassVar[str] = "picard"
+    default_solver: ClassVar[str | Solver] = Picard()

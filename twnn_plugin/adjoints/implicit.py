@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import MapError, OptionError
 from ..solvers import Outcome, Solver
+from ..solvers.anderson import Anderson
 from ..solvers.linear import LinearSolver
 from ..types import AdjointReport, Status
 from .base import Adjoint
@@ -24,7 +25,7 @@ from .operator import Method, apply, pull_back
 
 __all__ = ["Implicit"]
 
-_DEFAULT = "anderson"
+_DEFAULT = Anderson(start=1)  # acceleration pays from the start where the map is linear
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Implicit(Adjoint):
     Args:
         solver: of the linear equation: the name of a linear solver (``"gcr"``, ``"gmres"``, ``"bicgstab"``,
             ``"neumann"``, ``"auto"``) or of a solver (``"anderson"``, ``"picard"``, ...), or an instance;
-            ``None``: ``"anderson"``, which is a truncated Krylov method on a linear map.
+            ``None``: ``tw.solver("anderson", start=1)``, which is a truncated Krylov method on a linear map.
         tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve.
         max_iter: products with the Jacobian per row; ``None``: as many as the forward solve had, but
             at least 20.
@@ -60,7 +61,7 @@ class Implicit(Adjoint):
     exact: ClassVar[bool] = True
     name: ClassVar[str] = "implicit"
     joint: ClassVar[bool] = False
-    default_solver: ClassVar[str] = _DEFAULT
+    default_solver: ClassVar[str | Solver] = _DEFAULT
 
     def __post_init__(self) -> None:
         if self.tol is not None and not self.tol > 0:

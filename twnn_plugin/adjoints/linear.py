@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import solvers
 from ..errors import OptionError, UnknownNameError, nearest
-from ..solvers import Control, Outcome, Solver, StepSolver, linear
+from ..solvers import Control, Outcome, Solver, linear
 from ..solvers.linear import LinearSolver
 from ..types import Status
 
@@ -128,8 +128,6 @@ def solve_linear(problem: Products, settings: LinearSettings, guess: Tensor | No
 def _solve(solver: Solver | LinearSolver, problem: Products, g: Tensor, control: Control) -> Outcome:
     if isinstance(solver, LinearSolver):
         return solver.solve(problem, g, control)
-    if not isinstance(solver, StepSolver):  # measures against what it knows
-        control = replace(control, scale=None)
     return solvers.solve(solver, problem, g, control)
 
 

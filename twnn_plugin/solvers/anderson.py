@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from .base import Problem, StepSolver, check_whole
-from .memory import difference, free_to_write
+from .memory import difference, free_to_look, free_to_write
 
 __all__ = ["Anderson"]
 
@@ -24,10 +24,24 @@ class _Slot(NamedTuple):
     q: Tensor  # (b, D) the residual difference, orthonormal to the others'
     p: Tensor  # (b, D) the difference of f that goes with it
     gamma: Tensor  # (b,) the component of the last residual along q
-    weight: Tensor  # (b,) 1, or 0 in rows that started anew since
+    weight: Tensor | None  # (b,) 1, or 0 in rows that started anew since; None: no row did
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """Tensors of no dimension: operations with Python numbers cost more than the arithmetic."""
+
+    restart: Tensor
+    noise: Tensor
+
+    @staticmethod
+    def like(z: Tensor) -> _Constants:
+        noise = _NOISE * torch.finfo(z.dtype).eps
+        return _Constants(z.new_full((), _RESTART), z.new_full((), noise))
 
 
 class _History(NamedTuple):
+    constants: _Constants
     step: int  # counted up to the first accelerated step
     fz: Tensor | None  # (b, D) the last f(z)
     r: Tensor | None  # (b, D) the last residual
@@ -53,7 +67,7 @@ class Anderson(StepSolver):
 
     memory: int = 3
     damping: float = 1.0
-    start: int = 5
+    start: int = 3
 
     def __post_init__(self) -> None:
         check_whole("anderson", "memory", self.memory)
@@ -62,7 +76,7 @@ class Anderson(StepSolver):
             raise OptionError(f"Option damping of solver 'anderson' must be in (0, 1]; got {self.damping!r}.")
 
     def init(self, z: Tensor) -> _History:
-        return _History(0, None, None, None, ())
+        return _History(_Constants.like(z.detach()), 0, None, None, None, ())
 
     def step(
         self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _History
@@ -70,10 +84,11 @@ class Anderson(StepSolver):
         plain = fz if self.damping == 1 else torch.add(z, r, alpha=self.damping)
         if state.step < self.start:
             newest = state.step + 1 == self.start  # the first difference needs only the last pair
-            return plain, _History(state.step + 1, fz if newest else None, r if newest else None, None, ())
+            pair = (fz, r) if newest else (None, None)
+            return plain, _History(state.constants, state.step + 1, *pair, None, ())
         norm = torch.linalg.vector_norm(r, dim=1)
         if state.r is None:  # start=0: nothing to take a difference with yet
-            return plain, _History(state.step, fz, r, norm, ())
+            return plain, _History(state.constants, state.step, fz, r, norm, ())
         best = norm if state.best is None else torch.minimum(norm, state.best)
         slots = self._extend(state, fz, r, norm, best)
         own = free_to_write(r)
@@ -82,7 +97,7 @@ class Anderson(StepSolver):
             z_next = _subtract(z_next, slot.p, slot.gamma, own and z_next is not plain)
             if self.damping != 1:  # p holds differences of f; damping takes its share of q's back
                 z_next = torch.addcmul(z_next, slot.q, slot.gamma[:, None], value=1 - self.damping)
-        return z_next, _History(state.step, fz, r, best, slots)
+        return z_next, _History(state.constants, state.step, fz, r, best, slots)
 
     def _extend(
         self, state: _History, fz: Tensor, r: Tensor, norm: Tensor, best: Tensor
@@ -98,17 +113,22 @@ class Anderson(StepSolver):
         own = free_to_write(r)
         dr = difference(r, state.r, state.r if own else None)
         df = difference(fz, state.fz, state.slots[0].p if own and full else None)
-        sound = norm <= _RESTART * best
-        keep = sound.to(r.dtype)
+        sound = norm <= best * state.constants.restart
+        # On the CPU a look costs less than the weights; they are made when a row needs them.
+        keep = None if own and free_to_look(r) and bool(sound.all()) else sound.to(r.dtype)
         slots = []
         for q, p, gamma, weight in state.slots[full:]:
-            weight = weight * keep
-            h = torch.linalg.vecdot(q, dr) * weight
+            h = torch.linalg.vecdot(q, dr)
+            if keep is not None:
+                weight = keep if weight is None else weight * keep
+                gamma = gamma * keep
+            if weight is not None:
+                h = h * weight
             dr, df = _subtract(dr, q, h, own), _subtract(df, p, h, own)
             # q.r from q.(last r), which is known, and q.dr
-            slots.append(_Slot(q, p, torch.addcmul(h, gamma, keep), weight))
+            slots.append(_Slot(q, p, gamma + h, weight))
         rest = torch.linalg.vector_norm(dr, dim=1)
-        usable = sound.logical_and_(rest > _NOISE * torch.finfo(r.dtype).eps * norm)
+        usable = sound.logical_and_(rest > norm * state.constants.noise)
         # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
         inverse = (usable / torch.where(usable, rest, 1.0))[:, None]
         q, p = (dr.mul_(inverse), df.mul_(inverse)) if own else (dr * inverse, df * inverse)

@@ -151,7 +151,7 @@ class _Steps(StepSolver):
         self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, lost: Tensor, state: _Auto
     ) -> tuple[Tensor, _Auto]:
         """Where Newton's method goes next; rows that it does not have begin when they get it."""
-        method = NewtonSteps(NewtonKrylov(self.memory), replace(self.control, scale=None))
+        method = NewtonSteps(NewtonKrylov(self.memory, start=0), replace(self.control, scale=None))
         newton = method.init(z) if state.newton is None else state.newton
         z_next, newton = method.step(problem, z, fz, r, newton)
         newton = method.enter(newton, (state.mode != _NEWTON) | lost)

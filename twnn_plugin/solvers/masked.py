@@ -19,6 +19,7 @@ from ..types import Status
 from .base import Control, Outcome, Problem, StepSolver
 from .book import GROWTH, PATIENCE, stagnated
 from .measure import Threshold, classify, measure, report_residual
+from .memory import device_only
 
 __all__ = ["Carry", "Runner", "bucket", "drive_masked", "run_eagerly", "take"]
 
@@ -145,7 +146,8 @@ def drive_masked(
     carry, ledger, done = _start(solver, z), None, 0
     while True:
         steps = _Steps(solver, problem, control, threshold, done, min(every, control.max_iter - done))
-        carry = run(steps, carry, steps.phase(), problem)
+        with device_only():
+            carry = run(steps, carry, steps.phase(), problem)
         done += steps.count
         unfinished = int(carry.alive.sum())  # the one synchronisation
         if unfinished == 0 or done == control.max_iter:

@@ -1,4 +1,4 @@
-"""Writing to memory that is free again, where no derivative needs what it held.
+"""What a step may do besides computing: write to memory that is free again, look at numbers.
 
 On the CPU the allocation of a wide state costs about as much as a pass over it: its pages are handed
 back to the system and mapped anew.
@@ -6,11 +6,17 @@ back to the system and mapped anew.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["difference", "free_to_write"]
+__all__ = ["device_only", "difference", "free_to_look", "free_to_write"]
+
+_device_only: ContextVar[bool] = ContextVar("device_only", default=False)
 
 
 def free_to_write(x: Tensor) -> bool:
@@ -23,3 +29,18 @@ def free_to_write(x: Tensor) -> bool:
 def difference(a: Tensor, b: Tensor, memory: Tensor | None) -> Tensor:
     """``a - b``, written to ``memory`` if there is any."""
     return a - b if memory is None else torch.sub(a, b, out=memory)
+
+
+@contextmanager
+def device_only() -> Iterator[None]:
+    """Where every decision stays on the device, also if that is the CPU."""
+    token = _device_only.set(True)
+    try:
+        yield
+    finally:
+        _device_only.reset(token)
+
+
+def free_to_look(x: Tensor) -> bool:
+    """Whether the host may look at numbers: on the CPU that costs less than to do without."""
+    return x.device.type == "cpu" and not _device_only.get()

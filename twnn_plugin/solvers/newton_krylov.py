@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from .axpy import add_scaled_
-from .base import Control, Outcome, Problem, StepSolver, WholeSolver
+from .base import Control, Outcome, Problem, StepSolver, WholeSolver, check_whole
 from .driver import drive_rows
 from .measure import measure, threshold
 
@@ -36,6 +36,7 @@ class Newton(NamedTuple):
     eta: Tensor  # (b,) forcing term: the inner residual aimed at, relative to ||r||
     reached: Tensor  # (b,) the inner residual reached, relative to ||r||
     age: Tensor  # (b,) int: directions taken, or, at a trial, steps refused
+    plain: Tensor  # (b,) int: plain steps still to be made before the first Newton step
     turn: Tensor  # (b,) int: iterates from which a step was refused
     eps: Tensor  # (b,) relative rounding error of f
     d: Tensor  # (b, D) the step so far
@@ -64,17 +65,17 @@ class NewtonKrylov(WholeSolver):
     Args:
         memory: Krylov directions of one Newton step at most, >= 1; each is two (B, D) matrices.
         forcing: in (0, 1), the relative residual of the first inner solve and the loosest of any.
+        start: plain steps before the first Newton step, >= 0: where the search begins, the Jacobian may say
+            nothing about the solution (a normalisation of a state that is zero).
     """
 
     memory: int = 20
     forcing: float = 0.5
+    start: int = 3
 
     def __post_init__(self) -> None:
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
-            raise OptionError(
-                "Option memory of solver 'newton_krylov' must be a whole number, at least 1; got "
-                f"{self.memory!r}."
-            )
+        check_whole("newton_krylov", "memory", self.memory)
+        check_whole("newton_krylov", "start", self.start, least=0)
         if not 0 < self.forcing < 1:
             raise OptionError(
                 f"Option forcing of solver 'newton_krylov' must be in (0, 1); got {self.forcing!r}."
@@ -103,6 +104,7 @@ class NewtonSteps(StepSolver):
             torch.full_like(nothing, self.method.forcing),
             torch.ones_like(nothing),
             torch.zeros_like(nothing, dtype=torch.long),
+            torch.full_like(nothing, self.method.start, dtype=torch.long),
             torch.zeros_like(nothing, dtype=torch.long),
             nothing,
             torch.zeros_like(z),
@@ -118,6 +120,7 @@ class NewtonSteps(StepSolver):
         return state._replace(
             size=torch.where(rows, math.inf, state.size),
             stage=torch.where(rows, _PLAIN, state.stage),
+            plain=torch.where(rows, self.method.start, state.plain),
         )
 
     def step(
@@ -190,7 +193,8 @@ class NewtonSteps(StepSolver):
             z=torch.where(column, z, state.z),
             r=torch.where(column, r, state.r),
             size=torch.where(arrived, size, state.size),
-            stage=torch.where(arrived, _PROBE, state.stage),
+            stage=torch.where(arrived, torch.where(state.plain > 0, _PLAIN, _PROBE), state.stage),
+            plain=torch.where(arrived, (state.plain - 1).clamp_min(0), state.plain),
             eta=torch.where(arrived, eta, state.eta),
             reached=torch.where(arrived, 1.0, state.reached),
             age=torch.where(arrived, 0, state.age),
