@@ -235,3 +235,37 @@ def test_compiled_models_with_fix_inside_give_the_same():
     expected = model(x)
     assert torch.allclose(out, expected)
     assert torch.allclose(g, torch.autograd.grad(expected.sum(), cell.weight)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("small", [1e-6, 1.0])
+def test_parts_of_a_state_count_alike_whatever_their_units(small):
+    """One norm over all of them would see the large one only, forward and backward."""
+    generator = torch.Generator().manual_seed(2)
+    w = 0.15 * torch.randn(6, 6, generator=generator, dtype=f64)
+    x = torch.randn(4, 6, generator=generator, dtype=f64)
+    s = torch.tensor(0.9, dtype=f64, requires_grad=True)
+
+    def f(state, x):
+        large, tiny = state["large"], state["tiny"]
+        return {"large": torch.tanh(large @ w + x), "tiny": s * tiny.flip(1) + small * large}
+
+    zero = torch.zeros_like(x)
+    solution = tw.fix(f, {"large": zero, "tiny": zero}, x, tol=1e-6, max_iter=400)
+    assert bool(solution.converged.all())
+    with torch.no_grad():
+        again = f(solution.value, x)
+    for part in ("large", "tiny"):
+        change = (again[part] - solution.value[part]).norm(dim=1)
+        assert bool((change <= 1.001e-6 * again[part].norm(dim=1)).all())
+    (g,) = torch.autograd.grad(solution.value["tiny"].sum() / small, s)
+
+    def exact(s):
+        large = x
+        for _ in range(300):
+            large = torch.tanh(large @ w + x)
+        return torch.linalg.solve(
+            torch.eye(6, dtype=f64) - s * torch.eye(6, dtype=f64).flip(1), large, left=False
+        ).sum()
+
+    (expected,) = torch.autograd.grad(exact(s), s)
+    assert abs(float(g - expected)) < 3e-5 * abs(float(expected))

@@ -67,8 +67,8 @@ def per_iteration(solver, every: int = 1, size: int = 40, norm: str = "l2") -> t
     ("solver", "most", "most_wide"),
     [
         # torchdeq: 36 for plain iteration, 48 for anderson, 65 for broyden.
-        (tw.solver("picard"), 10, 3),
-        (tw.solver("anderson"), 45, 22),
+        (tw.solver("picard"), 12, 3),
+        (tw.solver("anderson"), 46, 22),
         (tw.solver("anderson", memory=5), 61, 32),
     ],
     ids=["picard", "anderson", "anderson-5"],
@@ -81,7 +81,7 @@ def test_operations_of_an_iteration(solver, most, most_wide):
 
 def test_operations_of_an_iteration_without_looks_of_the_host():
     total, wide = per_iteration(tw.solver("picard"), every=5)
-    assert 0 < total <= 22, total
+    assert 0 < total <= 26, total
     assert 0 < wide <= 5, wide
 
 

@@ -285,6 +285,19 @@ def test_rows_leave_and_are_reported_under_vmap():
     assert seen[0] < 6 * int(steps.max())
 
 
+def test_callbacks_and_observers_see_the_solve_inside_a_transform():
+    w, x = data()
+    trace = tw.Trace()
+    grad(lambda w: solve(w, x, callback=trace).sum())(w)
+    assert trace.residual.shape[0] == 3 and float(trace.residual[:, -1].nan_to_num().max()) < 1e-12
+    tw.register_plugin(trace, "inside transforms")
+    try:
+        vmap(lambda x: solve(w, x))(INPUTS)
+    finally:
+        tw.unregister_plugin("inside transforms")
+    assert trace.residual.shape[0] == 9  # the rows of all instances
+
+
 def test_failures_warn_and_throw_under_vmap():
     x = torch.ones(2, 3, 1, dtype=f64)
 

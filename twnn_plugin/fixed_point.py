@@ -57,7 +57,8 @@ def fix(
         adjoint: registered name, ``tw.adjoint(name, ...)`` or an instance.
         tol: a row has converged when its residual is at most this. > 0.
         max_iter: evaluations of ``f`` per row at most. >= 1.
-        stop: ``"rel"``: residual ``||f(z) - z|| / (||f(z)|| + 1e-9)``; ``"abs"``: ``||f(z) - z||``.
+        stop: ``"rel"``: residual ``||f(z) - z|| / (||f(z)|| + 1e-9)``, of a tuple or dict that of every
+            tensor in it, whatever their units; ``"abs"``: ``||f(z) - z||``.
         norm: per row, ``"l2"``, or ``"max"``: the largest change at any position against the rms
             state, which long inputs need.
         throw: raise instead of warning when rows fail.
@@ -162,6 +163,9 @@ def _run(
                 f"Context {index} must be a tensor with {start.shape[0]} rows, one per sample of z0; got "
                 f"{got}. What all rows share belongs into f itself."
             )
+    if len(layout.sizes) > 1 and control.stop == "rel" and control.norm == "l2":
+        # A norm over all parts would not see the small ones.
+        control = replace(control, parts=layout.sizes)
     watch = observe.watch(control, start, solver, adjoint) if observe.listeners() else None
     if watch is not None and watch.callback is not None:  # whoever watches iterates sees each of them
         control = replace(control, callback=watch.callback, check_every=None, cuda_graphs=False)

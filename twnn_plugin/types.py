@@ -76,7 +76,8 @@ class AdjointReport:
             approximation of it.
         status: (B,) integers of :class:`Status`.
         steps: (B,) vector-Jacobian products spent on the row.
-        residual: (B,) ``||J^T u + g - u|| / ||g||`` at the end.
+        residual: (B,) ``||J^T u + g - u|| / ||g||`` at the end; for a state of several tensors with each part
+            of u and g multiplied by the rms of that part of the state, so that units do not matter.
         evaluations: vector-Jacobian products in all, counted in rows.
     """
 
@@ -119,7 +120,7 @@ class Solution:
         status: (B,) integers of :class:`Status`.
         steps: (B,) evaluations of ``f`` spent on the row.
         residual: (B,) the last measured residual: ``||f(z) - z||`` for ``stop="abs"``, divided by
-            ``||f(z)||`` for ``stop="rel"``.
+            ``||f(z)||`` for ``stop="rel"``; of a state of several tensors the largest of theirs.
         evaluations: rows evaluated in all (the sum over iterations of the rows that ran).
     """
 

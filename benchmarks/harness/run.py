@@ -66,6 +66,7 @@ def run(
         raise BenchError(f"{folder} already holds a result. Choose another --out, or --resume {folder}.")
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings.threads)
+    origin = provenance(settings, command)  # now: the code that runs is the one that is there now
     gc.collect()
     gc.freeze()  # what the imports made need not be looked through before every round of timing
     journal = folder / "cells.jsonl"
@@ -80,7 +81,7 @@ def run(
             lines.flush()
             done[record["key"]] = record
     records = [done[cell.key] for cell in cells]
-    _write(folder, benchmark, settings, records, command, console)
+    _write(folder, benchmark, records, origin, console)
     journal.unlink()
     return folder
 
@@ -170,13 +171,11 @@ def load(folder: Path) -> dict[str, Any]:
 def _write(
     folder: Path,
     benchmark: Benchmark,
-    settings: Settings,
     records: list[dict[str, Any]],
-    command: str,
+    origin: dict[str, Any],
     console: Console,
 ) -> None:
     tables = benchmark.tables(records)
-    origin = provenance(settings, command)
     result = {
         "benchmark": benchmark.name,
         "question": benchmark.question,

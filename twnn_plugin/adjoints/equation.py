@@ -67,6 +67,16 @@ class _Embedded(Equation):
         return self.map(z)
 
 
+_TF32 = 2.0**-10  # products of float32 numbers keep ten bits where TensorFloat-32 is allowed
+
+
+def _tf32() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set through the interface that does not go with this one
+        return True
+
+
 @dataclass
 class Call:
     """Everything ``fix`` was given, checked.
@@ -112,7 +122,8 @@ class Call:
         device = self.z0.device.type
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))
-        return max(torch.finfo(dtype).eps for dtype in dtypes)
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        return max(eps, _TF32) if device == "cuda" and torch.float32 in dtypes and _tf32() else eps
 
     def solve(self) -> Outcome:
         """Solve for every row that is not settled, in the present grad mode."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from .base import Adjoint
 from .capture import announce, close, substituted
 from .equation import Call, Equation
 from .graft import Tape, graft
-from .linear import LinearSettings, Products, named, solve_linear, spread
+from .linear import LinearSettings, Products, in_units, named, solve_linear, spread, units_of
 from .maps import Primal
 from .operator import Method, apply, pull_back
 
@@ -109,8 +109,16 @@ class Implicit(Adjoint):
         return LinearSettings(solver, self.tol or call.control.tol, max_iter, call.control.coupled)
 
     def _method(self, call: Call, settings: LinearSettings, reports: list[AdjointReport]) -> Method:
-        control = replace(call.control, callback=None) if call.control.callback else call.control
-        return Method(call.solver, control, settings, self.joint, self.name, call.rounding(), reports)
+        return Method(
+            call.solver,
+            call.control,
+            settings,
+            self.joint,
+            self.name,
+            call.rounding(),
+            call.layout.sizes,
+            reports,
+        )
 
     def _solve(
         self,
@@ -123,13 +131,18 @@ class Implicit(Adjoint):
         reports: list[AdjointReport],
     ) -> Tensor:
         present = torch.arange(z.shape[0], device=z.device) if rows is None else rows
+        units = units_of(z if rows is None else z[rows], call.layout.sizes)
+        kept = units
 
         def renew(keep: Tensor) -> Callable[[Tensor], Tensor]:
-            nonlocal present
-            present = present[keep]
-            return Tape(call, z[present], present, attached=False).pull
+            nonlocal present, kept
+            present, kept = present[keep], None if kept is None else kept[keep]
+            return in_units(Tape(call, z[present], present, attached=False).pull, kept)
 
-        problem = Products(tape.pull, g, call.rounding(), renew if call.context else None)
+        if units is not None:
+            g = units * g
+        product = in_units(tape.pull, units)
+        problem = Products(product, g, call.rounding(), renew if call.context else None)
         live = _live(call, rows)
         if live is None:
             solved = solve_linear(problem, settings, self._guess(g))
@@ -148,7 +161,7 @@ class Implicit(Adjoint):
         reports.append(
             AdjointReport(self.name, True, *_whole(solved, rows, call), evaluations=problem.evaluations)
         )
-        return solved.value
+        return solved.value if units is None else solved.value / units
 
     def _guess(self, g: Tensor) -> Tensor | None:
         return self._last.get((*g.shape, g.dtype, g.device)) if self.warm_start else None

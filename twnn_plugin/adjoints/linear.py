@@ -14,7 +14,7 @@ from ..solvers import Control, Outcome, Solver, linear
 from ..solvers.linear import LinearSolver
 from ..types import Status
 
-__all__ = ["LinearSettings", "Products", "known", "named", "solve_linear"]
+__all__ = ["LinearSettings", "Products", "in_units", "known", "named", "solve_linear", "spread", "units_of"]
 
 _ULPS = 4  # a tolerance below this many roundings cannot be met
 
@@ -101,6 +101,28 @@ class Products:
         assert self._renew is not None
         self.g, self.size = self.g[rows], rows.numel()
         self._product = self._renew(rows)
+
+
+def in_units(product: Callable[[Tensor], Tensor], units: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """``A`` in other units: ``w -> units * A (w / units)``, row by row."""
+    if units is None:
+        return product
+    return lambda w: units * product(w / units)
+
+
+def units_of(z: Tensor, sizes: Sequence[int]) -> Tensor | None:
+    """(b, D) the rms of each part of the states: what a cotangent must be multiplied by to be compared.
+
+    A cotangent has the inverse unit of its state. Where a state has parts of different size, one norm over
+    its cotangent would see one of them only. ``None`` for a state of one part.
+    """
+    if len(sizes) == 1:
+        return None
+    sized = []
+    for part, size in zip(z.split(list(sizes), dim=1), sizes, strict=True):
+        rms = torch.linalg.vector_norm(part, dim=1, keepdim=True) / max(size, 1) ** 0.5
+        sized.append(torch.where(rms > 0, rms, 1.0).expand(-1, size))
+    return torch.cat(sized, dim=1)
 
 
 def solve_linear(problem: Products, settings: LinearSettings, guess: Tensor | None = None) -> Outcome:

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from ..solvers import Control, Outcome, Solver, solve
 from ..types import AdjointReport, Status
 from .capture import announce, unwatched
-from .linear import LinearSettings, Products, solve_linear
+from .linear import LinearSettings, Products, in_units, solve_linear, units_of
 from .maps import Joint, Map, Pushed, Transposed, pull_inputs, push_inputs
 
 __all__ = ["Method", "apply", "pull_back"]
@@ -30,6 +30,7 @@ class Method:
         joint: iterate primal and tangent together in forward mode.
         name: of the adjoint, for its reports.
         eps: relative rounding error of an evaluation.
+        sizes: widths of the parts of the primal state.
         outcomes: the outcomes of primal solves are appended here, on plain tensors, whatever
             transformation is under way.
         evaluations: rows evaluated are appended here.
@@ -42,6 +43,7 @@ class Method:
     joint: bool
     name: str
     eps: float
+    sizes: tuple[int, ...]
     reports: list[AdjointReport]
     outcomes: list[Outcome] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
@@ -51,7 +53,7 @@ class Method:
         if h.linear:
             return self._solve_linear(h, inputs)
         problem = _Equation(h, inputs, z0.shape[0])
-        control = replace(self.control, parts=h.parts) if h.parts else self.control
+        control = replace(self.control, parts=h.parts, callback=None) if h.parts else self.control
         outcome = solve(self.solver, problem, z0, control)
         if h.parts:
             self._report(outcome, problem.evaluations)
@@ -61,16 +63,27 @@ class Method:
         return outcome
 
     def _solve_linear(self, h: Map, inputs: Sequence[Tensor]) -> Outcome:
-        kept = list(inputs)
+        units = self._units(h, inputs)
+        kept, kept_units = list(inputs), units
 
         def renew(rows: Tensor) -> Any:
+            nonlocal kept_units
             kept[:] = _gather(h, kept, rows)
-            return h.product(kept)
+            kept_units = None if kept_units is None else kept_units[rows]
+            return in_units(h.product(kept), kept_units)
 
-        problem = Products(h.product(inputs), inputs[-1], self.eps, renew if h.can_leave else None)
+        g = inputs[-1] if units is None else units * inputs[-1]
+        problem = Products(in_units(h.product(inputs), units), g, self.eps, renew if h.can_leave else None)
         outcome = solve_linear(problem, self.linear)
         self._report(outcome, problem.evaluations)
-        return outcome
+        return outcome if units is None else replace(outcome, value=outcome.value / units)
+
+    def _units(self, h: Map, inputs: Sequence[Tensor]) -> Tensor | None:
+        """Of the equation's unknown: inverse to the state's for a cotangent, the state's for a tangent."""
+        if not isinstance(h, (Transposed, Pushed)) or inputs[0].shape[1] != sum(self.sizes):
+            return None
+        units = units_of(inputs[0], self.sizes)
+        return units if units is None or isinstance(h, Transposed) else 1 / units
 
     def _report(self, outcome: Outcome, evaluations: int) -> None:
         report = AdjointReport(

@@ -60,7 +60,7 @@ class Anderson(StepSolver):
 
     Args:
         memory: differences kept, >= 1; each is two vectors of the size of the state. More than 3 pays where
-            the Jacobian is far from symmetric and ``f`` expensive.
+            the Jacobian is far from symmetric and ``f`` expensive. Never more than half the state's size.
         damping: in (0, 1], the share of the residual that is added.
         start: plain steps before the first accelerated one, >= 0; easy rows are done by then.
     """
@@ -109,7 +109,8 @@ class Anderson(StepSolver):
         to: that of the last residual, and of a vector that leaves the history.
         """
         assert state.r is not None and state.fz is not None
-        full = len(state.slots) == self.memory
+        # Differences that span the whole space leave no residual, and say nothing of curvature.
+        full = len(state.slots) >= min(self.memory, max(1, r.shape[1] // 2))
         own = free_to_write(r)
         dr = difference(r, state.r, state.r if own else None)
         df = difference(fz, state.fz, state.slots[0].p if own and full else None)

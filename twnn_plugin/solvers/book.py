@@ -56,6 +56,7 @@ class Book:
         self.alive: Tensor | None = None  # (b,) present rows that are not finished; None: all
         self.limit: Tensor | None = None
         self.earlier: Tensor | None = None
+        self.over: Tensor | None = None  # (b,) rows whose last change was beyond the limit
         self.stalled: Tensor | None = None
         self.pieces: list[_Piece] = []
         self._ran_out = False
@@ -71,7 +72,12 @@ class Book:
             self.limit = GROWTH * (change + size)
             if control.coupled:  # a row that starts at rest may be set moving by another
                 self.limit = self.limit.amax().expand_as(self.limit)
-        going_on = (change > bound).logical_and_(change < self.limit)  # false for NaN
+        low = change < self.limit  # false for NaN
+        if bool(low.all()):
+            self.over = None
+        else:
+            low = self._spare(low, change)
+        going_on = (change > bound).logical_and_(low)
         self.change, self.size, self.bound, self.stalled = change, size, bound, None
         if k % PATIENCE == 0:
             if self.earlier is not None:
@@ -86,6 +92,13 @@ class Book:
             return None if bool(going_on.all()) else going_on.logical_not_()
         going_on.logical_and_(self.alive)
         return None if torch.equal(going_on, self.alive) else going_on.logical_xor_(self.alive)
+
+    def _spare(self, low: Tensor, change: Tensor) -> Tensor:
+        """An accelerated step may overshoot and the next plain one return: twice over is divergence."""
+        over = (change < math.inf) ^ low
+        spared = over if self.over is None else over > self.over
+        self.over = over
+        return low | spared
 
     def _couple(self, going_on: Tensor) -> None:
         # Coupled rows finish together: while any of them still moves, none is at its fixed point.
@@ -140,6 +153,8 @@ class Book:
         self.alive = None
         if self.earlier is not None:
             self.earlier = self.earlier.index_select(0, keep)
+        if self.over is not None:
+            self.over = self.over.index_select(0, keep)
         if self.control.scale is not None:
             self.control = replace(self.control, scale=self.control.scale.index_select(0, keep))
             self.threshold = Threshold(self.control, self.limit)

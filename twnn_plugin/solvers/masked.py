@@ -7,6 +7,7 @@ batch, by halves, so that the shapes that occur are few.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +33,7 @@ class Carry(NamedTuple):
     steps: Tensor  # (b,) evaluations while alive
     measured: Tensor  # (3, b) change, size and bound, last measured while alive
     stalled: Tensor  # (b,) bool: finished by stagnation
+    over: Tensor  # (b,) bool: the last change was beyond the limit
     limit: Tensor | None  # (b,) changes from which on a row has diverged; None before the first
     earlier: Tensor | None  # (b,) change when stagnation was last looked for
     state: Any  # the solver's own
@@ -94,7 +96,9 @@ class _Steps:
             limit = GROWTH * (change + size)
             if self.control.coupled:
                 limit = limit.amax().expand_as(limit).contiguous()
-        going_on = (change > bound) & (change < limit)  # false for NaN
+        low = change < limit  # false for NaN
+        over = (change < math.inf) ^ low
+        going_on = (change > bound) & (low | (over > carry.over))  # twice over is divergence
         stalled, earlier = carry.stalled, carry.earlier
         if k % PATIENCE == 0:
             if earlier is not None:
@@ -119,6 +123,7 @@ class _Steps:
             carry.steps + alive,
             torch.where(alive, torch.stack((change, size, bound.expand_as(change))), carry.measured),
             stalled,
+            over,
             limit,
             earlier,
             state,
@@ -186,7 +191,7 @@ def _start(solver: StepSolver, z: Tensor) -> Carry:
     no = torch.zeros(batch, dtype=torch.bool, device=device)
     steps = torch.zeros(batch, dtype=torch.long, device=device)
     measured = torch.zeros(3, batch, dtype=z.dtype, device=device)
-    return Carry(z, ~no, steps, measured, no, None, None, solver.init(z))
+    return Carry(z, ~no, steps, measured, no, no, None, None, solver.init(z))
 
 
 class _Ledger(NamedTuple):
