@@ -25,6 +25,25 @@ of iterations. "Equal gradient error" and what counts as converged are defined i
 problems in `solving/problems.py`, and torchdeq's settings, with where they come from, in
 `solving/candidates.py`.
 """
+_WHY = """### Where a target was not reached, and why
+
+- *Mixed difficulty.* At the loose tolerance most rows are done after a handful of evaluations. What is
+  left for most of the iterations are a few hard rows, for which the calls of operators are the time, not
+  the arithmetic: a few rows of a small map cost nearly as much as many, and a convolution of one image
+  several times its share of the batch. At the tight tolerance, where torchdeq runs the whole batch much
+  longer, the ratio of the vector problem is what was aimed for.
+- *Slow, uniform.* No row can leave early, and the accelerated iteration already needs about as few
+  evaluations as a Krylov method that is optimal for the linearised map. What remains is the price of an
+  iteration: measuring residuals and keeping a history cost about half as much as this map.
+- *Conv cell, uniform.* The state does not fit the caches: each pass over the history is read from
+  memory. Against that stands a map that costs a few such passes.
+- *Easy, small.* The map costs no more than half a dozen calls of operators. Two norms, a difference and
+  a comparison, which any test of convergence needs, cost as much again, and a solve has its fixed costs;
+  torchdeq's iteration is dearer still, but it has fewer of the latter.
+- *Memory.* Plain iteration, forward and backward, keeps to the target. Anderson's history does not:
+  choose `solver="picard"` with `adjoint=tw.adjoint("implicit", solver="picard")` where memory is short.
+- *Backward, long solves.* Both sides spend their time on products with the same Jacobian there.
+"""
 _DEVICES = (
     ("cpu", "On a CPU", "not yet measured on a CPU"),
     ("cuda", "On a GPU", "not yet measured on a GPU"),
@@ -39,6 +58,8 @@ def render_index(results: Path = RESULTS) -> str:
         mine = [(f, r) for f, r in found if r["provenance"]["settings"]["device"] == device]
         parts.append(f"## {title}\n")
         parts += [_section(folder, result) for folder, result in mine] or [f"{missing}\n"]
+        if mine and device == "cpu":
+            parts.append(_WHY)
     return "\n".join(parts).rstrip("\n") + "\n"
 
 

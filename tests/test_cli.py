@@ -102,7 +102,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
     assert isinstance(twnn("list", "gates").exception, ZeroDivisionError)
 
 
-@pytest.mark.parametrize("kind", ["solvers", "adjoints", "blocks", "gates", "policies"])
+@pytest.mark.parametrize("kind", ["solvers", "linear_solvers", "adjoints", "blocks", "gates", "policies"])
 def test_list_shows_every_entry_with_owner_and_line(kind):
     result = twnn("list", kind)
     assert result.exit_code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -317,9 +318,8 @@ def test_closing_over_the_batch_while_passing_context_says_what_to_do():
 
 
 def test_solving_in_inference_mode_first_leaves_nothing_that_gradients_stumble_over():
-    # Anderson keeps constants by dtype; float16 states are solved for in float32, so float64 is new here.
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
-    solver = tw.solver("anderson", start=0, memory=4)
+    solver = tw.solver("anderson", start=0)
     with torch.inference_mode():
         tw.fix(lambda z, x: torch.tanh(0.9 * z + x), 0 * x, x, solver=solver, tol=1e-8)
     x.requires_grad_()
@@ -327,3 +327,40 @@ def test_solving_in_inference_mode_first_leaves_nothing_that_gradients_stumble_o
         lambda z, x: torch.tanh(0.9 * z + x), 0 * x.detach(), x, solver=solver, tol=1e-8, adjoint="unrolled"
     )
     assert bool(torch.autograd.grad(solution.value.sum(), x)[0].any())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_anderson_on_states_no_larger_than_its_memory(size):
+    """Differences that span the whole space once made it slower than plain iteration, and fail."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, size, generator=generator, dtype=torch.float64)
+    rate = 0.98 * torch.rand(400, 1, generator=generator, dtype=torch.float64)
+    solutions = [
+        tw.fix(lambda z, x, r: torch.tanh(r * z + x), 0 * x, x, rate, solver=s, tol=1e-8, max_iter=900)
+        for s in (tw.solver("anderson", memory=5), "picard")
+    ]
+    assert bool(solutions[0].converged.all())
+    assert solutions[0].evaluations < solutions[1].evaluations
+
+
+def test_one_overshoot_is_no_divergence():
+    """A step of an accelerated method may land far out; the next plain one comes back."""
+
+    @dataclass(frozen=True)
+    class Leap(tw.solvers.StepSolver):
+        """Plain iteration with one leap."""
+
+        def init(self, z):
+            return 0
+
+        def step(self, problem, z, fz, r, state):
+            return (fz + 1e9 if state == 2 else fz), state + 1
+
+    x = torch.linspace(-1, 1, 6).view(3, 2)
+    for every in (1, 4):
+        solution = tw.fix(
+            lambda z, x: torch.tanh(0.5 * z + x), 0 * x, x, solver=Leap(), tol=1e-5, check_every=every
+        )
+        assert bool(solution.converged.all())
+    with pytest.warns(tw.ConvergenceWarning, match="diverged"):
+        tw.fix(lambda z, x: 10 * z + x, 0 * x, x, solver="picard", max_iter=30)

@@ -163,9 +163,7 @@ def _run(
                 f"Context {index} must be a tensor with {start.shape[0]} rows, one per sample of z0; got "
                 f"{got}. What all rows share belongs into f itself."
             )
-    if len(layout.sizes) > 1 and control.stop == "rel" and control.norm == "l2":
-        # A norm over all parts would not see the small ones.
-        control = replace(control, parts=layout.sizes)
+    control = replace(control, parts=layout.parts(control.stop, control.norm))
     watch = observe.watch(control, start, solver, adjoint) if observe.listeners() else None
     if watch is not None and watch.callback is not None:  # whoever watches iterates sees each of them
         control = replace(control, callback=watch.callback, check_every=None, cuda_graphs=False)

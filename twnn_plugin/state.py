@@ -50,6 +50,13 @@ class Layout:
         """Whether a state is its matrix: one tensor (B, D) of the matrix' dtype or another."""
         return self.kind == "tensor" and len(self.shapes[0]) == 1
 
+    def parts(self, stop: str, norm: str) -> tuple[int, ...]:
+        """Widths of the parts that must each settle: a norm over all would not see the small ones.
+
+        () for a state of one part, and where a part's own norm is not asked for.
+        """
+        return self.sizes if len(self.sizes) > 1 and stop == "rel" and norm == "l2" else ()
+
     @staticmethod
     def of(state: State, what: str = "z0") -> tuple[Layout, Tensor]:
         """The layout of a state and its (B, D) matrix.

@@ -23,7 +23,7 @@ from .options import config_options, expand_model_kwargs, explicit_values, parse
 
 __all__ = ["main"]
 
-LIST_KINDS = ("models", "solvers", "adjoints", "blocks", "gates", "policies")
+LIST_KINDS = ("models", "solvers", "linear_solvers", "adjoints", "blocks", "gates", "policies")
 
 
 def _is_users(error: Exception) -> bool:
@@ -112,7 +112,7 @@ def list_names(kind: str | None) -> None:
     from .listing import rows
 
     for one in (kind,) if kind else LIST_KINDS:
-        _print_table(one.capitalize(), ("name", "owner", "what it is"), rows(one))
+        _print_table(one.replace("_", " ").capitalize(), ("name", "owner", "what it is"), rows(one))
 
 
 @main.command(cls=WithModelKwargs)
