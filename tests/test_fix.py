@@ -364,3 +364,8 @@ def test_one_overshoot_is_no_divergence():
         assert bool(solution.converged.all())
     with pytest.warns(tw.ConvergenceWarning, match="diverged"):
         tw.fix(lambda z, x: 10 * z + x, 0 * x, x, solver="picard", max_iter=30)
+
+
+def test_a_linear_solver_in_the_wrong_place_is_told_where_it_belongs():
+    with pytest.raises(tw.UnknownNameError, match=r"adjoint=tw\.adjoint"):
+        tw.fix(lambda z: z, torch.zeros(1, 1), solver="gcr")

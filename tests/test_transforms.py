@@ -7,6 +7,7 @@ import warnings
 import weakref
 
 import pytest
+import timm
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -482,3 +483,18 @@ def test_warm_start_saves_products_where_the_same_rows_come_again():
         spent[warm] = int(solution.adjoint.steps.max()), g
     assert spent[True][0] <= 3 < spent[False][0]
     assert relative(spent[True][1], spent[False][1]) < 1e-8
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_gradient_penalty_through_a_wormhole_network(mode):
+    torch.manual_seed(0)
+    options = {"num_classes": 4, "policy": "always", "tol": 1e-7, "max_iter": 300, "solver": "picard"}
+    model = getattr(timm.create_model("twnn_resnet8_cifar", **options).double(), mode)()
+    x = torch.randn(2, 3, 16, 16, dtype=f64, requires_grad=True)
+    found = {}
+    for adjoint in ("implicit", "unrolled"):
+        tw.configure(model, adjoint=adjoint)
+        (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        seconds = torch.autograd.grad(g.square().sum(), list(model.parameters()), allow_unused=True)
+        found[adjoint] = torch.cat([second.flatten() for second in seconds if second is not None])
+    assert relative(found["implicit"], found["unrolled"]) < 1e-4

@@ -12,8 +12,15 @@ from torch import Tensor
 
 from . import adjoints, observe, solvers
 from .adjoints import Adjoint, Call, transforms
-from .errors import ConvergenceWarning, FixedPointError, MapError, OptionError, nearest
-from .solvers import Control, Solver
+from .errors import (
+    ConvergenceWarning,
+    FixedPointError,
+    MapError,
+    OptionError,
+    UnknownNameError,
+    nearest,
+)
+from .solvers import Control, Solver, linear
 from .state import Layout
 from .types import AdjointReport, Iteration, Solution, State, Status, describe
 
@@ -42,7 +49,8 @@ def fix(
     """Solve the fixed-point equation ``z = f(z, *context)`` for every row of a batch.
 
     The iterate-to-fixed-point operator of Habiba & Pearlmutter (2021), equations 3 and 7, with
-    its derivatives (equation 8 by default). Rows are independent: each has its own
+    its derivatives (equation 8 by default), of any order, in either mode and under ``torch.func`` with
+    the adjoints ``"implicit"`` and ``"ad_fixed_point"``. Rows are independent: each has its own
     status, steps and residual, and leaves the batch when it is done, forward and backward, provided
     that what differs between rows is passed as context.
 
@@ -78,6 +86,7 @@ def fix(
         OptionError: an option is out of range.
         UnknownNameError: no such solver or adjoint; the message has the nearest name.
         MapError: ``f`` changes structure, shape or dtype, or a context tensor has another batch size.
+        TransformError: the adjoint does not go with ``torch.func`` or forward-mode AD.
         FixedPointError: with ``throw=True``, rows did not converge; it holds the solution.
 
     Example:
@@ -91,9 +100,21 @@ def fix(
     control = replace(
         control, coupled=coupled, callback=callback, check_every=check_every, cuda_graphs=cuda_graphs
     )
-    method, derivative = solvers.registry.resolve(solver), adjoints.registry.resolve(adjoint)
+    method, derivative = _solver(solver), adjoints.registry.resolve(adjoint)
     work = _outside if torch.compiler.is_compiling() else _fix
     return work(f, z0, context, control, method, derivative, throw)
+
+
+def _solver(solver: str | Solver) -> Solver:
+    try:
+        return solvers.registry.resolve(solver)
+    except UnknownNameError as error:
+        if solver not in linear.registry.names():
+            raise
+        raise UnknownNameError(
+            f"{solver!r} solves linear equations only: use it for the derivative, "
+            f"adjoint=tw.adjoint('implicit', solver={solver!r}). {error}"
+        ) from None
 
 
 def _fix(
