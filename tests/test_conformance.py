@@ -15,9 +15,6 @@ from twnn_plugin import testing
 from twnn_plugin.solvers import linear
 from twnn_plugin.testing.adjoint_transforms import right_or_raises
 
-# What cannot hold, with the reason. Everything else must.
-EXCEPTIONS: dict[tuple[str, str], str] = {}
-
 THROUGH_LOOP = {"unrolled", "checkpointed"}
 """Adjoints that differentiate the iterations; on tightly converged solves they are exact, too."""
 
@@ -41,13 +38,7 @@ def traits(adjoint: str) -> dict[str, bool]:
 
 
 def crossed(names, checks):
-    cases = []
-    for name in names:
-        for check in checks:
-            reason = EXCEPTIONS.get((name, check))
-            marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-            cases.append(pytest.param(name, check, marks=marks, id=f"{name}-{check}"))
-    return cases
+    return [pytest.param(name, check, id=f"{name}-{check}") for name in names for check in checks]
 
 
 def faults(table):
@@ -71,11 +62,8 @@ def test_implicit_with_each_linear_solver(solver, check):
     testing.ADJOINT_CHECKS[check](tw.adjoint("implicit", solver=solver))
 
 
-def test_every_exception_names_a_check_that_exists():
-    names = {*tw.solvers.names(), *tw.adjoints.names()}
+def test_the_checks_of_linear_solvers_exist():
     assert set(LINEAR_CHECKS) <= set(testing.ADJOINT_CHECKS)
-    checks = {*testing.SOLVER_CHECKS, *testing.ADJOINT_CHECKS}
-    assert all(name in names and check in checks for name, check in EXCEPTIONS)
 
 
 # The suite finds what it looks for.

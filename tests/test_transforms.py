@@ -498,3 +498,25 @@ def test_a_gradient_penalty_through_a_wormhole_network(mode):
         seconds = torch.autograd.grad(g.square().sum(), list(model.parameters()), allow_unused=True)
         found[adjoint] = torch.cat([second.flatten() for second in seconds if second is not None])
     assert relative(found["implicit"], found["unrolled"]) < 1e-4
+
+
+def test_one_tensor_as_context_twice():
+    w, x = data()
+
+    def value(x):
+        return (
+            tw.fix(lambda z, a, b: torch.tanh(z @ w + a * b + 2 * a), 0 * x, x, x, **TIGHT).value.pow(2).sum()
+        )
+
+    def reference(x):
+        z = 0 * x
+        for _ in range(150):
+            z = torch.tanh(z @ w + x * x + 2 * x)
+        return z.pow(2).sum()
+
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(value(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), leaf)
+    agree(first.detach(), grad(reference)(x))
+    agree(second, grad(lambda x: grad(reference)(x).sum())(x))
+    agree(hessian(value)(x), hessian(reference)(x))

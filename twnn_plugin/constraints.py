@@ -51,8 +51,8 @@ def contractive(module: M, rate: float = 0.9, norm: str = "l2") -> M:
       leave out rows and columns of the convolution on an unbounded grid, and for circular padding, which
       samples the frequencies. Taken by Gram iteration at 8 (taps - 1) frequencies an axis and divided by
       ``cos(pi / 16)`` for each axis, to cover what lies between them: a trigonometric polynomial of degree
-      d falls off from its maximum no faster than ``cos(d t)`` (M. Riesz 1914). Some 5 to 10 % above the
-      norm on small images; with strides, which it does not take into account, up to 1.6 times.
+      d falls off from its maximum no faster than ``cos(d t)`` (M. Riesz 1914). It lies above the norm on a
+      small image, and further above with strides, which it does not take into account.
     - ``norm="max"``: each output's sum of absolute weights is scaled to at most ``rate``: a contraction in
       the largest absolute entry, with any padding; a sufficient condition for well-posedness (El Ghaoui
       et al. 2021, "Implicit deep learning").

@@ -178,22 +178,20 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The gradients of a tape's inputs as functions of them and of the solution z."""
     closed = close(tape.equation.map, (z, *tape.equation.context), every=False)
-    stand_in = {id(old): new for old, new in zip(tape.inputs, inputs, strict=True)}
-    if any(id(tensor) not in stand_in for tensor in closed.captured):
-        raise MapError("f uses other tensors now than in the forward pass.")
     count = len(tape.equation.context)
-    arguments = [*inputs[:count], *(stand_in[id(tensor)] for tensor in closed.captured)]
+    # By place, not by identity: one tensor may be context twice.
+    place = {id(tensor): i for i, tensor in enumerate(tape.inputs) if i >= count}
+    if any(id(tensor) not in place for tensor in closed.captured):
+        raise MapError("f uses other tensors now than in the forward pass.")
+    places = [*range(count), *(place[id(tensor)] for tensor in closed.captured)]
+    arguments = [inputs[i] for i in places]
     h = Primal(closed, (True,) * count + (False,) * len(closed.captured), bool(call.context), autocast)
     wanted = [i for i, x in enumerate(arguments) if x.requires_grad]
     status = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)  # broken rows are not here
-    found = dict(
-        zip(
-            (id(arguments[i]) for i in wanted),
-            pull_back(h, method, z, status, arguments, wanted, g),
-            strict=True,
-        )
-    )
-    return [found.get(id(x)) for x in inputs]
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(wanted, pull_back(h, method, z, status, arguments, wanted, g), strict=True):
+        grads[places[i]] = grad
+    return grads
 
 
 def _live(call: Call, rows: Tensor | None) -> Tensor | None:

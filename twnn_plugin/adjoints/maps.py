@@ -7,43 +7,39 @@ derivatives are maps of the same kind: ``fix`` is closed under differentiation.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Joint", "Map", "Primal", "Pushed", "Transposed", "pull_inputs", "push_inputs"]
+__all__ = ["Joint", "Linear", "Map", "Primal", "Pushed", "Transposed", "pull_inputs", "push_inputs"]
 
 Pull = Callable[[Tensor], Tensor]
 
 
-class Map:
+class Map(ABC):
     """``z -> h(z, *inputs)``.
 
     Attributes:
         per_row: for each input, whether it has one row per row of ``z`` (and is gathered with it).
         can_leave: whether rows may leave the batch.
-        linear: whether it is ``u -> A u + g`` with g its last input.
         parts: widths of the parts of the state that must all settle; () for one.
     """
 
     per_row: tuple[bool, ...]
     can_leave: bool
-    linear = False
     parts: tuple[int, ...] = ()
 
-    def __call__(self, z: Tensor, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def product(self, inputs: Sequence[Tensor]) -> Pull:
-        """``u -> A u`` of a linear map; what all products share is computed once."""
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, z: Tensor, *inputs: Tensor) -> Tensor: ...
 
     def aligned(self, mapped: Sequence[bool]) -> list[bool]:
         """``mapped`` with every input that must differ between instances because another one does."""
         return list(mapped)
 
+    @abstractmethod
     def stack(self, count: int, mapped: Sequence[bool]) -> Map:
         """The map of ``count`` instances at once, whose rows are those of all of them.
 
@@ -52,7 +48,6 @@ class Map:
             mapped: for each input, whether it differs between instances, aligned. An input with rows has
                 N * b of them in any case; one without gets a leading axis of size N if it differs.
         """
-        raise NotImplementedError
 
 
 class Primal(Map):
@@ -109,60 +104,50 @@ class _Stacked(Map):
         return _Stacked(self, count, mapped)
 
 
-class Transposed(Map):
-    """``u -> J^T u + g`` with J of ``base`` at z; inputs (z, *inputs of base, g).
-
-    Equation 8 of Habiba & Pearlmutter (2021): the reverse transform of fix is a fix.
-    """
-
-    linear = True
+class Linear(Map):
+    """``u -> A u + g`` with A a derivative of ``base`` at z; inputs (z, *inputs of base, g)."""
 
     def __init__(self, base: Map):
         self.base = base
         self.per_row = (True, *base.per_row, True)
         self.can_leave = base.can_leave
 
+    @abstractmethod
+    def product(self, inputs: Sequence[Tensor]) -> Pull:
+        """``u -> A u``; what all products share is computed once."""
+
     def __call__(self, u: Tensor, *inputs: Tensor) -> Tensor:
         return self.product(inputs)(u) + inputs[-1]
+
+    def aligned(self, mapped: Sequence[bool]) -> list[bool]:
+        return [mapped[0], *self.base.aligned(mapped[1:-1]), mapped[-1]]
+
+    def stack(self, count: int, mapped: Sequence[bool]) -> Map:
+        return type(self)(self.base.stack(count, mapped[1:-1]))
+
+
+class Transposed(Linear):
+    """``u -> J^T u + g`` with J of ``base`` at z.
+
+    Equation 8 of Habiba & Pearlmutter (2021): the reverse transform of fix is a fix.
+    """
 
     def product(self, inputs: Sequence[Tensor]) -> Pull:
         z, rest = inputs[0], inputs[1:-1]
         _, pull = _vjp(lambda z: self.base(z, *rest), z)
         return lambda u: pull(u)[0]
 
-    def aligned(self, mapped: Sequence[bool]) -> list[bool]:
-        return [mapped[0], *self.base.aligned(mapped[1:-1]), mapped[-1]]
 
-    def stack(self, count: int, mapped: Sequence[bool]) -> Map:
-        return Transposed(self.base.stack(count, mapped[1:-1]))
-
-
-class Pushed(Map):
-    """``v -> J v + r`` with J of ``base`` at z; inputs (z, *inputs of base, r).
+class Pushed(Linear):
+    """``v -> J v + r`` with J of ``base`` at z.
 
     J v is made of two reverse passes, since forward mode does not nest inside forward mode.
     """
-
-    linear = True
-
-    def __init__(self, base: Map):
-        self.base = base
-        self.per_row = (True, *base.per_row, True)
-        self.can_leave = base.can_leave
-
-    def __call__(self, v: Tensor, *inputs: Tensor) -> Tensor:
-        return self.product(inputs)(v) + inputs[-1]
 
     def product(self, inputs: Sequence[Tensor]) -> Pull:
         z, rest = inputs[0], inputs[1:-1]
         _, push = _vjp(lambda u: _vjp(lambda z: self.base(z, *rest), z)[1](u)[0], torch.zeros_like(z))
         return lambda v: push(v)[0]
-
-    def aligned(self, mapped: Sequence[bool]) -> list[bool]:
-        return [mapped[0], *self.base.aligned(mapped[1:-1]), mapped[-1]]
-
-    def stack(self, count: int, mapped: Sequence[bool]) -> Map:
-        return Pushed(self.base.stack(count, mapped[1:-1]))
 
 
 class Joint(Map):

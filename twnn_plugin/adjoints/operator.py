@@ -14,7 +14,7 @@ from ..solvers import Control, Outcome, Solver, solve
 from ..types import AdjointReport, Status
 from .capture import announce, unwatched
 from .linear import LinearSettings, Products, in_units, solve_linear, units_of
-from .maps import Joint, Map, Pushed, Transposed, pull_inputs, push_inputs
+from .maps import Joint, Linear, Map, Pushed, Transposed, pull_inputs, push_inputs
 
 __all__ = ["Method", "apply", "pull_back"]
 
@@ -50,7 +50,7 @@ class Method:
 
     def solve(self, h: Map, z0: Tensor, inputs: Sequence[Tensor]) -> Outcome:
         """The fixed point of ``z -> h(z, *inputs)``, in the present grad mode."""
-        if h.linear:
+        if isinstance(h, Linear):
             return self._solve_linear(h, inputs)
         problem = _Equation(h, inputs, z0.shape[0])
         control = replace(self.control, parts=h.parts, callback=None) if h.parts else self.control
@@ -62,7 +62,7 @@ class Method:
             self.evaluations.append(problem.evaluations)
         return outcome
 
-    def _solve_linear(self, h: Map, inputs: Sequence[Tensor]) -> Outcome:
+    def _solve_linear(self, h: Linear, inputs: Sequence[Tensor]) -> Outcome:
         units = self._units(h, inputs)
         kept, kept_units = list(inputs), units
 
@@ -78,9 +78,9 @@ class Method:
         self._report(outcome, problem.evaluations)
         return outcome if units is None else replace(outcome, value=outcome.value / units)
 
-    def _units(self, h: Map, inputs: Sequence[Tensor]) -> Tensor | None:
+    def _units(self, h: Linear, inputs: Sequence[Tensor]) -> Tensor | None:
         """Of the equation's unknown: inverse to the state's for a cotangent, the state's for a tangent."""
-        if not isinstance(h, (Transposed, Pushed)) or inputs[0].shape[1] != sum(self.sizes):
+        if inputs[0].shape[1] != sum(self.sizes):
             return None
         units = units_of(inputs[0], self.sizes)
         return units if units is None or isinstance(h, Transposed) else 1 / units
@@ -174,7 +174,7 @@ def _push_forward(h: Map, method: Method, saved: Sequence[Tensor], tangents: Seq
     if not moving:
         return torch.zeros_like(value)
     chosen = [tangents[i] for i in moving]
-    if method.joint and not h.linear:
+    if method.joint and not isinstance(h, Linear):
         start = torch.cat([z0, torch.zeros_like(z0)], dim=1)
         return apply(Joint(h, z0.shape[1], moving), method, start, *inputs, *chosen)[0][:, z0.shape[1] :]
     value, inputs, broken = _sound(h, value, status, inputs)

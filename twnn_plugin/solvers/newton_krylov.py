@@ -59,8 +59,8 @@ class NewtonKrylov(WholeSolver):
     directions too, and a state met on the way that is within the tolerance ends the row. When gradients are
     recorded the differences are recorded with them.
 
-    Few evaluations where the Jacobian has complex pairs near or beyond the unit circle; elsewhere a
-    quarter to a half more than ``anderson``, and on a front, whose Jacobian is nilpotent, far more.
+    Few evaluations where the Jacobian has complex pairs near or beyond the unit circle; elsewhere more
+    than ``anderson`` needs, and on a front, whose Jacobian is nilpotent, far more.
 
     Args:
         memory: Krylov directions of one Newton step at most, >= 1; each is two (B, D) matrices.
