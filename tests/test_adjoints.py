@@ -270,3 +270,16 @@ def test_parts_of_a_state_count_alike_whatever_their_units(small):
 
     (expected,) = torch.autograd.grad(exact(s), s)
     assert abs(float(g - expected)) < 3e-5 * abs(float(expected))
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "ad_fixed_point", "one_step"])
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_a_start_that_alone_wants_a_gradient_gets_zeros_without_a_solve(slope, adjoint):
+    x, z0 = torch.ones(2, 3), torch.zeros(2, 3, requires_grad=True)
+
+    def f(z, x):
+        return slope * z + x if slope else 0.5 * x
+
+    solution = tw.fix(f, z0, x, adjoint=adjoint)
+    (g,) = torch.autograd.grad(solution.value.sum(), z0, create_graph=True)
+    assert torch.equal(g, torch.zeros_like(z0)) and solution.adjoint is None

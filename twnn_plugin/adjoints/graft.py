@@ -249,8 +249,14 @@ def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
     tape = Tape(call, z, rows, attached=True)
     outcome = _check_rows(call, outcome, tape, rows)
     start = call.z0 if call.z0.requires_grad else None
-    if start is None and not tape.reaches_a_leaf():
-        return outcome
+    if not tape.reaches_a_leaf():
+        if start is None:
+            return outcome
+        # The start alone wants a gradient, which is zero: nothing is solved for.
+        value = attach(
+            tape.fz, z, start, lambda g: g, lambda g, value, inputs: [None] * len(inputs), tape.inputs
+        )
+        return replace(outcome, value=value if rows is None else outcome.value.index_copy(0, rows, value))
     value = attach(
         tape.fz,
         z,
