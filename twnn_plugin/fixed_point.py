@@ -96,10 +96,7 @@ def fix(
         >>> solution = tw.fix(lambda z, x: torch.tanh(z @ w + x), torch.zeros(4, 8), x)
         >>> solution.value.sum().backward()
     """
-    control = check_control(tol, max_iter, stop, norm)
-    control = replace(
-        control, coupled=coupled, callback=callback, check_every=check_every, cuda_graphs=cuda_graphs
-    )
+    control = check_control(tol, max_iter, stop, norm, coupled, callback, check_every, cuda_graphs)
     method, derivative = _solver(solver), adjoints.registry.resolve(adjoint)
     work = _outside if torch.compiler.is_compiling() else _fix
     return work(f, z0, context, control, method, derivative, throw)
@@ -184,7 +181,9 @@ def _run(
                 f"Context {index} must be a tensor with {start.shape[0]} rows, one per sample of z0; got "
                 f"{got}. What all rows share belongs into f itself."
             )
-    control = replace(control, parts=layout.parts(control.stop, control.norm))
+    parts = layout.parts(control.stop, control.norm)
+    if parts:
+        control = replace(control, parts=parts)
     watch = observe.watch(control, start, solver, adjoint) if observe.listeners() else None
     if watch is not None and watch.callback is not None:  # whoever watches iterates sees each of them
         control = replace(control, callback=watch.callback, check_every=None, cuda_graphs=False)
@@ -201,8 +200,17 @@ def _run(
 _run_outside: Callable[..., tuple[Solution, Tensor]] = torch.compiler.disable(_run)  # type: ignore[call-arg]
 
 
-def check_control(tol: float, max_iter: int, stop: str, norm: str) -> Control:
-    """The stopping rule, checked.
+def check_control(
+    tol: float,
+    max_iter: int,
+    stop: str,
+    norm: str,
+    coupled: bool = False,
+    callback: Callable[[Iteration], None] | None = None,
+    check_every: int | None = None,
+    cuda_graphs: bool = False,
+) -> Control:
+    """The stopping rule, checked; options as in :func:`fix`.
 
     Raises:
         OptionError: ``tol`` is not a positive number, ``max_iter`` is not a whole number >= 1, or
@@ -215,4 +223,13 @@ def check_control(tol: float, max_iter: int, stop: str, norm: str) -> Control:
     for name, value, known in (("stop", stop, STOPS), ("norm", norm, NORMS)):
         if value not in known:
             raise OptionError(f"{name} must be one of {known}; got {value!r}.{nearest(str(value), known)}")
-    return Control(tol=float(tol), max_iter=max_iter, stop=stop, norm=norm)
+    return Control(
+        tol=float(tol),
+        max_iter=max_iter,
+        stop=stop,
+        norm=norm,
+        coupled=coupled,
+        callback=callback,
+        check_every=check_every,
+        cuda_graphs=cuda_graphs,
+    )

@@ -76,6 +76,8 @@ class Implicit(Adjoint):
             named(self.solver)
 
     def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
+        if not torch.is_grad_enabled():
+            return call.solve()
         with torch.no_grad():
             outcome = call.solve()
         settings, autocast = self._settings(call), _autocast_state(call.z0.device.type)

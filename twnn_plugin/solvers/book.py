@@ -60,6 +60,8 @@ class Book:
         self.stalled: Tensor | None = None
         self.pieces: list[_Piece] = []
         self._ran_out = False
+        self._broken = False  # whether a number that is not finite was seen
+        self._plain = control.callback is None and not control.coupled
 
     def look(self, k: int, z: Tensor, fz: Tensor, r: Tensor, problem: Problem) -> Tensor | None:
         """(b,) bool of the rows that finish now, or None; keeps the measurements for ``finish``."""
@@ -72,16 +74,26 @@ class Book:
             self.limit = GROWTH * (change + size)
             if control.coupled:  # a row that starts at rest may be set moving by another
                 self.limit = self.limit.amax().expand_as(self.limit)
-        low = change < self.limit  # false for NaN
+        going_on = (change > bound).logical_and_(change < self.limit)  # false for NaN
+        self.change, self.size, self.bound, self.stalled = change, size, bound, None
+        # What nearly every step is: all rows go on, and nobody wants to know more.
+        if self._plain and self.alive is None and k % PATIENCE and bool(going_on.all()):
+            self.over = None
+            return None
+        return self._look_closer(k, z, problem)
+
+    def _look_closer(self, k: int, z: Tensor, problem: Problem) -> Tensor | None:
+        control, change = self.control, self.change
+        assert self.limit is not None
+        low = change < self.limit
         if bool(low.all()):
             self.over = None
         else:
             low = self._spare(low, change)
-        going_on = (change > bound).logical_and_(low)
-        self.change, self.size, self.bound, self.stalled = change, size, bound, None
+        going_on = (change > self.bound).logical_and_(low)
         if k % PATIENCE == 0:
             if self.earlier is not None:
-                self.stalled = stagnated(change, self.earlier, size)
+                self.stalled = stagnated(change, self.earlier, self.size)
                 going_on &= ~self.stalled
             self.earlier = change
         if control.callback is not None:
@@ -115,7 +127,7 @@ class Book:
     def finish(self, leaving: Tensor, k: int, z: Tensor, fz: Tensor) -> None:
         """Write down the rows that leave."""
         local = torch.nonzero(leaving).squeeze(1)
-        if local.numel() == self.batch:
+        if local.numel() == self.rows.numel():
             rows, value, measured, stalled = self.rows, z, self._measured(), self.stalled
         else:
             rows = self.rows.index_select(0, local)
@@ -124,6 +136,7 @@ class Book:
             stalled = None if self.stalled is None else self.stalled.index_select(0, local)
         # Summed, so that one number says whether a closer look is needed.
         if not math.isfinite(float(measured.sum())):  # NaN in, NaN out: the value is what f returned
+            self._broken = True
             broken = classify(measured[0], measured[2]) == int(Status.non_finite)
             value = torch.where(broken[:, None], fz.index_select(0, local), value)
         self.pieces.append(_Piece(rows, value, measured, stalled, k))
@@ -168,26 +181,26 @@ class Book:
     def _close(self) -> None:
         """Statuses, steps and residuals of the whole batch, in its order."""
         pieces = self.pieces
-        measured = torch.cat([piece.measured for piece in pieces], dim=1)
-        facts = torch.stack(
-            [
-                torch.cat([piece.rows for piece in pieces]),
-                torch.cat([torch.full_like(piece.rows, piece.step) for piece in pieces]),
-                torch.cat([_stalled(piece) for piece in pieces]),
-            ]
-        )
-        self._order = None
+        measured, self._order = pieces[0].measured, None
+        self.steps = torch.full_like(pieces[0].rows, pieces[0].step)
         if len(pieces) > 1:
-            self._order = torch.argsort(facts[0])
-            measured, facts = measured.index_select(1, self._order), facts.index_select(1, self._order)
+            self._order = torch.argsort(torch.cat([piece.rows for piece in pieces]))
+            measured = torch.cat([piece.measured for piece in pieces], dim=1).index_select(1, self._order)
+            steps = [torch.full_like(piece.rows, piece.step) for piece in pieces[1:]]
+            self.steps = torch.cat([self.steps, *steps]).index_select(0, self._order)
         change, size, bound = measured.unbind()
-        _, self.steps, stalled = facts.unbind()
-        status = classify(change, bound)
-        stalled = stalled.bool() & (status == int(Status.diverged))
-        self.status = torch.where(stalled, int(Status.stagnated), status)
+        self.residual = report_residual(change, size, self._asked)
+        if not self._broken and not self._ran_out and bool((change <= bound).all()):
+            self.status = torch.zeros_like(self.steps)  # all converged
+            return
+        self.status = classify(change, bound)
+        if any(piece.stalled is not None for piece in pieces):
+            stalled = torch.cat([_stalled(piece) for piece in pieces])
+            stalled = stalled if self._order is None else stalled.index_select(0, self._order)
+            stalled = stalled & (self.status == int(Status.diverged))
+            self.status = torch.where(stalled, int(Status.stagnated), self.status)
         if self._ran_out:
             self.status[pieces[-1].rows] = int(Status.max_iter)
-        self.residual = report_residual(change, size, self._asked)
 
     def outcome(self) -> Outcome:
         """The whole batch, in its order; every row must be finished."""
@@ -198,4 +211,4 @@ class Book:
 
 
 def _stalled(piece: _Piece) -> Tensor:
-    return torch.zeros_like(piece.rows) if piece.stalled is None else piece.stalled.to(piece.rows.dtype)
+    return torch.zeros_like(piece.rows, dtype=torch.bool) if piece.stalled is None else piece.stalled
