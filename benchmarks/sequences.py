@@ -1,0 +1,109 @@
+"""``sequences``: the first paper's sine wave, and long-range tasks against GRU and LSTM of equal size.
+
+The sine task and what the paper leaves open are in :mod:`benchmarks.sequencing.sine`; the tasks in
+:mod:`benchmarks.sequencing.tasks`, the contestants in :mod:`benchmarks.sequencing.models`, and how they are
+trained, to the same number of multiply-adds, in :mod:`benchmarks.sequencing.train`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .harness import Benchmark, Cell, Claim, Settings, Table, register
+from .sequencing import report
+from .sequencing.models import CONTESTANTS
+from .sequencing.pictures import curves, figure7
+from .sequencing.sine import ADJOINTS, RATES, train_wave
+from .sequencing.tasks import make_task
+from .sequencing.train import RATES as GRID
+from .sequencing.train import Recipe, contest
+
+__all__ = ["Sequences"]
+
+GRU, LSTM, THROUGH, LAG, END, WITHIN = (
+    "GRU",
+    "LSTM",
+    "GRU, wormhole through time",
+    "GRU, wormhole of the copy's lag",
+    "GRU, wormhole from the end",
+    "GRU, wormhole within the step",
+)
+LONG: tuple[tuple[str, int, Recipe, tuple[str, ...]], ...] = (
+    ("adding", 100, Recipe(updates=500), (GRU, LSTM, THROUGH, END, WITHIN)),
+    ("digits", 64, Recipe(updates=600, held=180), (GRU, LSTM, THROUGH, END, WITHIN)),
+    ("copy", 100, Recipe(updates=600, batch=32), (GRU, LSTM, THROUGH, LAG)),
+    ("adding", 1000, Recipe(updates=300, batch=32, held=256), (GRU, LSTM, THROUGH)),
+    ("adding", 400, Recipe(updates=500, batch=32, held=256), (GRU, LSTM, THROUGH)),
+    ("fashion_rows", 28, Recipe(updates=800, held=1000), (GRU, LSTM, THROUGH, END, WITHIN)),
+)
+QUICK = (
+    ("adding", 20, Recipe(hidden=12, updates=6, batch=8, held=16, looks=3), (GRU, THROUGH, END)),
+    ("copy", 5, Recipe(hidden=12, updates=6, batch=8, held=16, looks=3), (GRU, THROUGH)),
+)
+SAMPLES, UPDATES = 10_000, 300
+
+
+class Sequences(Benchmark):
+    """Sine wave, adding problem, copy memory, images read as sequences."""
+
+    name = "sequences"
+    question = (
+        "Does a wormhole through time help recurrent networks remember, at equal size and training compute?"
+    )
+
+    def cells(self, settings: Settings) -> list[Cell]:
+        found = [
+            Cell(f"sine/{adjoint}/seed{seed}", {"kind": "sine", "adjoint": adjoint, "seed": seed})
+            for seed in settings.seeds
+            for adjoint in ADJOINTS
+        ]
+        found += [
+            Cell(
+                f"{task}/{length}/{name.replace(', ', '+').replace(' ', '_')}/seed{seed}",
+                {"kind": "contest", "task": task, "length": length, "name": name, "seed": seed},
+            )
+            for task, length, _, names in (QUICK if settings.quick else LONG)
+            for seed in settings.seeds
+            for name in names
+        ]
+        return found
+
+    def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
+        options, seed = cell.options, cell.options["seed"]
+        if options["kind"] == "sine":
+            samples, updates = (
+                (1000, 12)
+                if settings.quick
+                else (SAMPLES, max(1, min(300, round(UPDATES * settings.budget))))
+            )
+            rates = RATES[-1:] if settings.quick else RATES
+            return {
+                "runs": {
+                    f"{rate:g}": train_wave(options["adjoint"], rate, seed, samples, updates, settings.device)
+                    for rate in rates
+                }
+            }
+        grid = QUICK if settings.quick else LONG
+        recipe = next(r for t, n, r, _ in grid if (t, n) == (options["task"], options["length"]))
+        recipe = replace(recipe, updates=max(1, round(recipe.updates * settings.budget)))
+        task = make_task(options["task"], options["length"], seed, recipe.held)
+        rates = GRID[-2:] if settings.quick else GRID
+        return contest(options["name"], task, recipe, seed, rates, settings.device)
+
+    def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
+        tables = [report.sine_table(cells), report.contest_table(cells)]
+        return [table for table in tables if table.rows]
+
+    def plots(self, cells: list[dict[str, Any]], folder: Path) -> list[Path]:
+        drawn = [figure7(cells, folder / "figure7.png"), curves(cells, folder / "long_range.png")]
+        return [path for path in drawn if path is not None]
+
+    def claims(self, cells: list[dict[str, Any]]) -> list[Claim]:
+        return report.claims(cells)
+
+
+assert {name for _, _, _, names in LONG for name in names} <= CONTESTANTS.keys()
+
+register(Sequences())

@@ -1,0 +1,18 @@
+"""Sequence models with wormholes through layers and time."""
+
+from .layer import LayerOutputs, RecurrentLayer
+from .message import TokenMessage
+from .span import TemporalSpan
+from .spec import TemporalSpec
+from .stack import RecurrentStack
+from .state import StackState
+
+__all__ = [
+    "LayerOutputs",
+    "RecurrentLayer",
+    "RecurrentStack",
+    "StackState",
+    "TemporalSpan",
+    "TemporalSpec",
+    "TokenMessage",
+]
