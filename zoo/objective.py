@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import twnn_plugin as tw
+
 __all__ = ["Objective", "auxiliary_loss"]
 
 
@@ -18,7 +20,10 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
 
 
 class Objective(nn.Module):
-    """Cross-entropy of a model's logits, plus the model's own auxiliary loss if it has one.
+    """Cross-entropy of a model's logits, plus what else the model asks for.
+
+    That is its own auxiliary loss, if it has one, and the weighted cross-entropy of its closed head, if it
+    has one (:func:`twnn_plugin.closed_loss`).
 
     Args:
         model: maps images (B, C, H, W) to logits (B, K).
@@ -33,9 +38,11 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, C, H, W) and targets (B,) or (B, K) to total loss, auxiliary loss and logits (B, K)."""
         logits = self.model(images)
-        smoothing = 0.0 if targets.ndim == 2 else self.smoothing
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-        extra = auxiliary_loss(self.model)
-        if extra is None:
-            return loss, torch.zeros_like(loss), logits
+        loss = self._cross_entropy(logits, targets)
+        terms = [auxiliary_loss(self.model), tw.closed_loss(self.model, self._cross_entropy, targets)]
+        extra = sum([term for term in terms if term is not None], torch.zeros_like(loss))
         return loss + extra, extra, logits
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothing = 0.0 if targets.ndim == 2 else self.smoothing
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)

@@ -3,9 +3,11 @@
 from torch import nn
 
 from ..registry import Registry
+from .aids import Aids
 from .feedback import Feedback
 from .record import Report, SpanRecord
 from .settings import SolveSettings
+from .settle import GroupReplay, settle
 
 registry: Registry[nn.Module] = Registry("block", nn.Module)
 names, get, register, owner, entries = (
@@ -17,7 +19,9 @@ names, get, register, owner, entries = (
 )
 
 __all__ = [
+    "Aids",
     "Feedback",
+    "GroupReplay",
     "Report",
     "SolveSettings",
     "SpanRecord",
@@ -27,4 +31,5 @@ __all__ = [
     "owner",
     "register",
     "registry",
+    "settle",
 ]

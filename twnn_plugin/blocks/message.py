@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LAYOUTS", "Message", "layout_of", "pool"]
+from ..constraints import contractive
+
+__all__ = ["LAYOUTS", "BallNorm", "Message", "layout_of", "pool"]
 
 LAYOUTS = {"NC": 1, "NCHW": 1, "NHWC": -1, "NLC": -1}
 """Where the channels are in each layout that a message understands."""
@@ -31,11 +36,35 @@ def pool(value: Tensor, layout: str) -> Tensor:
     return value.mean(dim=(2, 3)) if layout == "NCHW" else value.flatten(1, -2).mean(dim=1)
 
 
+class BallNorm(nn.Module):
+    """States longer than ``sqrt(D)``, those of rms above 1, are brought back to it; shorter ones stay.
+
+    The projection onto a ball, which moves no two states apart (it is nonexpansive, like every projection
+    onto a convex set), while group normalisation has no Lipschitz constant: near a state of variance zero it
+    expands without bound.
+    """
+
+    def forward(self, state: Tensor) -> Tensor:
+        """(b, ...) to the same shape."""
+        flat = state.flatten(1)
+        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        # Of squares, not of a norm, whose gradient at zero is not finite.
+        square = wide.square().mean(dim=1, keepdim=True).clamp_min(1.0)
+        return (wide * torch.rsqrt(square)).to(flat.dtype).view_as(state)
+
+
 class Message(nn.Module):
     """Normalise, project the channels, resize: (state) -> what is added to the span's input.
 
     Group normalisation with one group bounds the message whatever the state's size; a scale per
     channel, small at first, keeps a freshly opened wormhole close to the plain network.
+
+    With ``contraction``, the message is Lipschitz with that constant, in the l2 norm over all channels and
+    positions: the normalisation is :class:`BallNorm` (constant 1), the projection is held to norm 1 by
+    :func:`twnn_plugin.contractive`, no channel's scale exceeds the constant (all are divided by the excess
+    of the largest), and a resizing that lengthens (one to more positions) is divided by its norm. A gate in
+    [0, 1] does not add to it. What the guarantee does not cover is the span: ``z = span(entry + message(z))``
+    is a contraction if the constant of the span times this one is below 1.
 
     Args:
         source: layout of the state, see :data:`LAYOUTS`.
@@ -43,28 +72,84 @@ class Message(nn.Module):
         in_channels: channels of the state.
         out_channels: channels of the span's input.
         scale: initial value of the scale.
+        contraction: a bound on the message's Lipschitz constant, > 0; None: none.
+        path: a module that the state goes through first, from a state to one of the same shape.
     """
 
-    def __init__(self, source: str, target: str, in_channels: int, out_channels: int, scale: float = 0.1):
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        in_channels: int,
+        out_channels: int,
+        scale: float = 0.1,
+        contraction: float | None = None,
+        path: nn.Module | None = None,
+    ):
         super().__init__()
         if not torch.isfinite(torch.tensor(scale)) or scale == 0:
             raise ValueError(
                 f"A message's scale must be finite and not zero, or nothing is learnt; got {scale!r}."
             )
-        self.source, self.target = source, target
-        self.norm = nn.GroupNorm(1, in_channels)
+        self.source, self.target, self.contraction = source, target, contraction
+        self.path = path
+        self.norm = nn.GroupNorm(1, in_channels) if contraction is None else BallNorm()
         self.project = nn.Linear(in_channels, out_channels, bias=False)
+        if contraction is not None:
+            contractive(self.project, 1.0)
         self.scale = nn.Parameter(torch.full((out_channels,), scale))
 
-    def forward(self, state: Tensor, size: torch.Size) -> Tensor:
-        """The message for an input of shape ``size`` (batch first)."""
+    def weight(self) -> Tensor:
+        """(out_channels, in_channels) projection and scale in one, constrained; made once a solve."""
+        scale = self.scale
+        if self.contraction is not None:
+            scale = scale * (self.contraction / scale.abs().amax().clamp_min(self.contraction))
+        return self.project.weight * scale[:, None]
+
+    def forward(self, state: Tensor, size: torch.Size, weight: Tensor | None = None) -> Tensor:
+        """The message for an input of shape ``size`` (batch first).
+
+        Args:
+            state: (b, ...) in the source's layout.
+            size: of the span's input.
+            weight: what :meth:`weight` gave; None: made anew.
+        """
+        weight = self.weight() if weight is None else weight
+        state = state if self.path is None else self.path(state)
+        value = self._sent(state, size, weight)
+        if self.contraction is None:
+            return value
+        longer = self._stretch(tuple(state.shape[1:]), tuple(size[1:]))
+        return value / longer if longer > 1 else value
+
+    def _sent(self, state: Tensor, size: torch.Size, weight: Tensor) -> Tensor:
         if self.source == "NC":
-            value = self.project(self.norm(state)) * self.scale
+            value = F.linear(self.norm(state), weight)
             return value if self.target == "NC" else self._spread(value, size)
-        grid = self._to_grid(state)
-        weight = (self.project.weight * self.scale[:, None])[:, :, None, None]
-        value = F.conv2d(self.norm(grid), weight)
+        # Normalised as a grid: group normalisation wants the channels first.
+        value = F.conv2d(self.norm(self._to_grid(state)), weight[:, :, None, None])
         return self._from_grid(value, size)
+
+    def _stretch(self, state: tuple[int, ...], target: tuple[int, ...]) -> float:
+        """The l2 norm of the resizing: by axis, since it is separable."""
+        here, there = _positions(state, self.source), _positions(target, self.target)
+        if not here:
+            return math.prod(there) ** 0.5
+        if not there:
+            return math.prod(here) ** -0.5
+        if self.target == "NLC":
+            return _resize_norm(math.prod(here), there[0], False)
+        here = here if len(here) == 2 else (here[0], 1)
+        pooled = here[0] > there[0] or here[1] > there[1]
+        return math.prod(_resize_norm(h, t, pooled) for h, t in zip(here, there, strict=True))
+
+    def scaled(self, value: Tensor, amount: Tensor) -> Tensor:
+        """A message times ``amount``, (b,) or, channel by channel, (b, C)."""
+        if amount.dim() == 1:
+            return value * amount.view(-1, *[1] * (value.dim() - 1)).to(value.dtype)
+        shape = [1] * value.dim()
+        shape[0], shape[LAYOUTS[self.target]] = amount.shape
+        return value * amount.view(shape).to(value.dtype)
 
     def _to_grid(self, state: Tensor) -> Tensor:
         if self.source == "NHWC":
@@ -87,6 +172,27 @@ class Message(nn.Module):
         grid = size[2:] if self.target == "NCHW" else size[1:3]
         value = _resize(value, (int(grid[0]), int(grid[1])))
         return value if self.target == "NCHW" else value.permute(0, 2, 3, 1)
+
+
+def _positions(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The sizes of an activation's axes but for batch and channels."""
+    if layout == "NCHW":
+        return shape[1:]
+    return () if layout == "NC" else shape[:-1]
+
+
+@lru_cache(maxsize=256)
+def _resize_norm(here: int, there: int, pooled: bool) -> float:
+    """The largest singular value of resizing one axis, by its matrix."""
+    if here == there:
+        return 1.0
+    eye = torch.eye(here, dtype=torch.float64)[:, None]
+    rows = (
+        F.adaptive_avg_pool1d(eye, there)
+        if pooled
+        else F.interpolate(eye, size=there, mode="linear", align_corners=False)
+    )
+    return float(torch.linalg.matrix_norm(rows[:, 0], 2)) * (1 + 1e-6)
 
 
 def _resize(value: Tensor, grid: tuple[int, int]) -> Tensor:

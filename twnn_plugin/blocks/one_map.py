@@ -8,230 +8,167 @@ gradients would be wrong), and its random draws are those of one recorded pass, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm  # the documented common base of BatchNorm layers
-from torch.overrides import TorchFunctionMode
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import AttachError
-from .draws import random_state, same
+from .frozen import PRESENT, Frozen, Moments, Place
+from .moments import moments
 
-__all__ = ["OneMap"]
-
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
-_UNSUPPORTED = {F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
+__all__ = ["Bookmark", "Frozen", "OneMap", "bookmark"]
 
 
 class OneMap:
     """Keeps the statistics and the draws of a span for as long as it is iterated.
 
     Args:
-        modules: the modules of the span; their batch normalisations are watched in training.
+        modules: the modules of the span; their batch normalisations are watched.
+
+    Attributes:
+        functional: whether the span normalises batches by calls of ``F.batch_norm`` that no layer makes;
+            None before a pass was looked at.
+        counts: whether it has running statistics besides those of its BatchNorm layers.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self.norms = tuple(m for module in modules for m in module.modules() if isinstance(m, _BatchNorm))
-        self.inputs: dict[int, Tensor] = {}
+        self.modules = tuple(modules)
+        self.norms: tuple[_BatchNorm, ...] = ()
+        self.inside: tuple[nn.Module, ...] = ()
+        self.found: dict[int, list[Moments]] = {}
         self.watching = False
-        for norm in self.norms:
-            norm.register_forward_pre_hook(self._keep_input)
+        self.repeating = False
+        self.functional: bool | None = None
+        self.counts = False
+        self._look()
 
-    def _keep_input(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.watching and norm.training:
-            if id(norm) in self.inputs:
-                raise AttachError(
-                    "A BatchNorm layer of this span runs twice in one pass, so that it has no single "
-                    "statistics to iterate with. Choose a span that uses each layer once, or model.eval()."
-                )
-            self.inputs[id(norm)] = args[0]
+    def _look(self) -> None:
+        """Find the normalisations: they may have been replaced, as ``convert_sync_batchnorm`` does."""
+        self.inside = tuple(dict.fromkeys(m for module in self.modules for m in module.modules()))
+        norms = tuple(m for m in self.inside if isinstance(m, _BatchNorm))
+        known = {id(norm) for norm in self.norms}
+        for norm in norms:
+            if id(norm) not in known:
+                norm.register_forward_pre_hook(self._watch, with_kwargs=True)
+        self.norms = norms
+
+    def stirs(self, training: bool) -> bool:
+        """Whether a pass may depend on the batch or on random numbers.
+
+        In training, and where a part of the span is in training mode or normalises by batches in eval mode.
+        """
+        return training or any(m.training for m in self.inside) or any(_by_batch(n) for n in self.norms)
+
+    def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(norm, _BatchNorm)
+        if self.watching and _by_batch(norm):
+            # Here and not at the end of the pass, so that a part of it which is computed again in the
+            # backward pass, to save memory, owns what the statistics keep.
+            found = moments(norm, args[0] if args else kwargs["input"])
+            if not self.repeating:
+                self.found.setdefault(id(norm), []).append(found)
+        for frozen in reversed(PRESENT.held):
+            if id(norm) in frozen.statistics:
+                frozen.enter_layer(norm)
+                break
 
     def open_loop(self, active: bool) -> None:
         """Start (or stop) to watch the open-loop pass."""
         self.watching = active
         if active:
-            self.inputs = {}
+            self._look()
+            self.found = {}
+            PRESENT.watching.add(self)
+        else:
+            PRESENT.watching.discard(self)
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Within this, a part of a watched pass is computed once more; nothing new is noted."""
+        before = self.watching, self.repeating
+        self.watching = self.repeating = True
+        try:
+            yield
+        finally:
+            self.watching, self.repeating = before
 
     def needed(self, drew: bool) -> bool:
-        """Whether replays must be intercepted: batch statistics were used, or random numbers drawn."""
-        return bool(self.inputs) or drew
+        """Whether replays must be intercepted.
 
-    def statistics(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Biased variance and mean of each watched BatchNorm's input, with their graph.
-
-        Keyed by the identity of the layer's running mean, or of its weight, as ``F.batch_norm`` sees
-        them.
+        Where batch statistics were used, random numbers drawn, or something would count on, and once to see.
         """
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for norm in self.norms:
-            value = self.inputs.get(id(norm))
-            key = norm.running_mean if norm.running_mean is not None else norm.weight
-            if value is None:
-                continue
-            if key is None:
-                raise AttachError("A BatchNorm without statistics and without weights cannot be iterated.")
-            axes = [0, *range(2, value.dim())]
-            statistics = torch.promote_types(value.dtype, torch.float32)
-            found[id(key)] = torch.var_mean(value.to(statistics), dim=axes, correction=0)
-        self.inputs = {}
+        seen = bool(self.found) or drew or self.counts
+        return seen or self.functional is not False or bool(self.held())
+
+    def statistics(self) -> dict[int, list[Moments]]:
+        """The moments of what each watched BatchNorm was given, call by call, with their graph.
+
+        Keyed by the identity of the layer.
+        """
+        found, self.found = self.found, {}
         return found
 
-    def counters(self) -> list[Tensor]:
-        """The layers' batch counters."""
-        return [norm.num_batches_tracked for norm in self.norms if norm.num_batches_tracked is not None]
+    def held(self) -> list[nn.Module]:
+        """What is put into eval mode within replays: see :class:`~twnn_plugin.blocks.frozen.Frozen`."""
+        parametrised = [m for p in self.inside if isinstance(p, ParametrizationList) for m in p.modules()]
+        return [m for m in dict.fromkeys([*self.norms, *parametrised]) if m.training]
+
+    def buffers(self) -> list[tuple[Tensor, int]]:
+        """The buffers and their versions, but for those of the normalisations."""
+        others = (m for m in self.inside if not isinstance(m, _BatchNorm))
+        return [(b, b._version) for m in others for b in m.buffers(recurse=False)]
+
+    def check_unchanged(self, before: list[tuple[Tensor, int]]) -> None:
+        """Raise if a replay has left a trace in a buffer."""
+        after = self.buffers()
+        if len(after) == len(before) and all(
+            a is b and m == n for (a, m), (b, n) in zip(after, before, strict=True)
+        ):
+            return
+        raise AttachError(
+            "A module of this span changes a buffer of its own each time that it runs in training (running "
+            "statistics that are no BatchNorm's or InstanceNorm's?), so that iterating would count one batch "
+            "many times. Choose another span, or put that module into eval mode."
+        )
 
     # Copies and pickles hold no activations.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "inputs": {}, "watching": False}
+        return {**self.__dict__, "found": {}, "watching": False, "repeating": False}
 
 
-class Frozen(TorchFunctionMode):
-    """Intercepts batch normalisation and random draws in replays of a span.
+def _by_batch(norm: _BatchNorm) -> bool:
+    """Whether a normalisation uses the statistics of the batch at hand."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
-    Args:
-        statistics: see :meth:`OneMap.statistics`.
-        counters: the batch counters of the normalisations; replays do not count.
-        entry: (B, ...) the span's input in the recorded pass.
+
+@dataclass(frozen=True)
+class Bookmark:
+    """A place in a pass, from which a part of it can be computed once more and come out the same.
+
+    Attributes:
+        watching: whose open-loop pass it lies in.
+        held: what stands still there, and how far each replay has come.
     """
 
-    def __init__(
-        self, statistics: dict[int, tuple[Tensor, Tensor]], counters: Iterable[Tensor], entry: Tensor
-    ):
-        super().__init__()
-        self.statistics, self.batch, self.device = statistics, entry.shape[0], entry.device
-        self.counters = {id(counter) for counter in counters}
-        self.checked = False
-        self.draws: list[Tensor] = []
-        self.cursor = 0
-        self.recording = False
-        self.rows: Tensor | None = None
+    watching: tuple[OneMap, ...]
+    held: tuple[tuple[Frozen, Place], ...]
 
     @contextmanager
-    def record(self) -> Iterator[None]:
-        """Within this, draws are made and kept."""
-        self.recording, self.draws, self.rows = True, [], None
-        with self:
+    def again(self) -> Iterator[None]:
+        """Within this, things are as they were at this place."""
+        with ExitStack() as stack:
+            for one_map in self.watching:
+                stack.enter_context(one_map.repeated())
+            for frozen, place in self.held:
+                stack.enter_context(frozen.repeated(place))
             yield
-        self.recording = False
 
-    @contextmanager
-    def replay(self, rows: Tensor | None) -> Iterator[None]:
-        """Within this, the kept draws are used again, for the given rows of the recorded batch."""
-        self.cursor, self.rows = 0, rows
-        before = None if self.checked else random_state(self.device)
-        with self:
-            yield
-        if before is not None and not same(before, random_state(self.device)):
-            raise AttachError(
-                "A module of this span draws random numbers in a way that cannot be held fixed while the "
-                "span is iterated (only dropout, drop-path and attention dropout can). Choose another "
-                "span, or switch that module off."
-            )
-        self.checked = True
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        if func in _DROPOUTS:
-            return self._dropout(func, *args, **kwargs)
-        if func is torch.Tensor.add_ and id(args[0]) in self.counters:
-            return args[0]
-        if func is torch.Tensor.bernoulli_:
-            return self._bernoulli(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func in _UNSUPPORTED and kwargs.get("training", args[2] if len(args) > 2 else False):
-            raise AttachError(
-                f"{func.__name__} draws in a way that cannot be held fixed while a span is iterated. Use "
-                "nn.Dropout, or model.eval()."
-            )
-        return func(*args, **kwargs)
-
-    def _draw(self, make: Callable[[], Tensor]) -> Tensor:
-        if self.recording:
-            drawn = make()
-            self.draws.append(drawn)
-            return drawn
-        drawn = self.draws[self.cursor]
-        self.cursor += 1
-        if self.rows is None or drawn.shape[0] == self.rows.numel() == self.batch:
-            return drawn if self.rows is None else drawn[self.rows]
-        if drawn.shape[0] % self.batch:
-            return drawn  # one draw for the whole batch
-        share = drawn.shape[0] // self.batch  # windows or heads folded into the batch
-        return drawn.view(self.batch, share, *drawn.shape[1:])[self.rows].flatten(0, 1)
-
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        known = self.statistics.get(id(running_mean if running_mean is not None else weight))
-        if not training or known is None:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        var, mean = known
-        scale = torch.rsqrt(var + eps)
-        scale = scale if weight is None else scale * weight
-        shift = -mean * scale
-        shift = shift if bias is None else shift + bias
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        return (input * scale.view(shape) + shift.view(shape)).to(input.dtype)
-
-    def _dropout(
-        self,
-        func: Callable[..., Tensor],
-        input: Tensor,
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
-    ) -> Tensor:
-        if not training or p == 0:
-            return func(input, p, training, inplace)
-        return input * self._draw(lambda: func(torch.ones_like(input), p, True))
-
-    def _bernoulli(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor.copy_(self._draw(lambda: tensor.bernoulli_(*args, **kwargs).clone()))
-
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if dropout_p == 0:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        if is_causal or enable_gqa:
-            raise AttachError(
-                "Attention with dropout and is_causal or enable_gqa cannot be held fixed while a span is "
-                "iterated. Set the attention dropout to 0."
-            )
-        scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
-        if attn_mask is not None:
-            blocked = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, float("-inf")) if blocked else scores + attn_mask
-        weights = scores.softmax(dim=-1)
-        return weights * self._draw(lambda: F.dropout(torch.ones_like(weights), dropout_p, True)) @ value
+def bookmark() -> Bookmark:
+    """The present place, for gradient checkpointing."""
+    return Bookmark(tuple(PRESENT.watching), tuple((f, f.place()) for f in PRESENT.held))

@@ -27,6 +27,8 @@ class SpanRecord:
         evaluations: rows replayed in all, those of the differentiated evaluation included.
         multiply_adds: multiply-adds executed by these replays (the open-loop pass not counted).
         adjoint: how the backward solve ended, once it ran.
+        group: for wormholes that are solved together with others, the span whose record has the group's
+            evaluations and multiply-adds; None: this one has its own.
     """
 
     span: str
@@ -39,6 +41,7 @@ class SpanRecord:
     evaluations: int
     multiply_adds: int = 0
     reports: list[AdjointReport] = field(default_factory=list, repr=False)
+    group: str | None = None
 
     @property
     def adjoint(self) -> AdjointReport | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from .. import gates
 from ..errors import MapError
 from ..gates import Gate
+from .aids import Aids
 from .count import multiply_adds
 from .feedback import Feedback
 from .one_map import OneMap
 from .open_loop import OpenLoop
+from .prices import set_prices
 from .record import SpanRecord
 from .settings import SolveSettings
 
@@ -34,8 +36,12 @@ class Wormhole(nn.Module):
         policy: who is iterated, such as ``tw.policy("random", p=0.3)``; None: where the gate is open.
         channels_last: whether 4-axis activations are (B, H, W, C).
         scale: initial scale of the message.
+        message: a module that the state goes through before it is normalised and projected, to one of the
+            same shape, such as ``tw.blocks.get("verlet")(channels, layers=10)``; None: none. It must not
+            draw random numbers or use batch statistics.
         **settings: ``solver``, ``adjoint``, ``tol``, ``max_iter``, ``stop``, ``norm``, as in
-            :func:`twnn_plugin.fix`.
+            :func:`twnn_plugin.fix`; and ``contraction``, ``opening``, ``jacobian``, see
+            :class:`~twnn_plugin.blocks.aids.Aids`.
 
     Raises:
         MapError: the body does not map a tensor to a tensor of the same batch size.
@@ -50,9 +56,11 @@ class Wormhole(nn.Module):
         policy: nn.Module | None = None,
         channels_last: bool = False,
         scale: float = 0.1,
+        message: nn.Module | None = None,
         **settings: Any,
     ):
         super().__init__()
+        aids, settings = Aids.split(settings)
         self.body = body if isinstance(body, nn.Module) else nn.Sequential(*body)
         out = _probe(self.body, example)
         self.one_map = OneMap([self.body])
@@ -65,13 +73,22 @@ class Wormhole(nn.Module):
             SolveSettings().changed(**settings),
             channels_last,
             scale,
+            aids,
+            message,
         )
+        self.example = example.new_empty(0).new_zeros(()).expand(1, *example.shape[1:])
+        set_prices(self, [self.feedback], lambda: self(self.example))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) input to the settled output of the body."""
         watched = OpenLoop(self.one_map, x, self.training)
         out, frozen = watched.finish(self.body(x), lambda: self.body(x))
         return self.feedback.settle(x, out, self.body, (), frozen)
+
+    def auxiliary_loss(self) -> Tensor:
+        """The penalties of the last training pass, a scalar; zero if there are none."""
+        penalty = self.feedback.auxiliary_loss()
+        return self.feedback.message.scale.new_zeros(()) if penalty is None else penalty
 
     @property
     def last(self) -> SpanRecord | None:
@@ -82,13 +99,18 @@ class Wormhole(nn.Module):
         return record
 
 
-def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Any:
-    """A function of the number of channels that makes the gate."""
+def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Callable[[int, int], Gate]:
+    """A function of the numbers of channels of state and message that makes the gate."""
     if isinstance(gate, Gate):
-        return lambda channels: gate
+        return lambda channels, outputs: gate
     name, options = (gate, {}) if isinstance(gate, str) else gate
     gates.registry.entry(name)  # an unknown name is said now, not in the middle of the construction
-    return lambda channels: gates.registry.make(name, channels=channels, **options)
+
+    def make(channels: int, outputs: int) -> Gate:
+        each = {"outputs": outputs} if options.get("per") == "channel" else {}
+        return gates.registry.make(name, channels=channels, **{**each, **options})
+
+    return make
 
 
 def _probe(body: nn.Module, example: Tensor) -> Tensor:

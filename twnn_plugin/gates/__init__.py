@@ -2,6 +2,7 @@
 
 from ..registry import Registry
 from .base import Gate, GateOutput, LearnedGate, watch_difficulty
+from .budget import Budget
 
 registry: Registry[Gate] = Registry("gate", Gate)
 names, get, register, owner, entries = (
@@ -13,6 +14,7 @@ names, get, register, owner, entries = (
 )
 
 __all__ = [
+    "Budget",
     "Gate",
     "GateOutput",
     "LearnedGate",

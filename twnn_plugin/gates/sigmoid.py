@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import GateOutput, LearnedGate
+from .base import GateOutput, LearnedGate, largest
 
 __all__ = ["SigmoidGate"]
 
@@ -18,6 +18,6 @@ class SigmoidGate(LearnedGate):
 
     def forward(self, features: Tensor) -> GateOutput:
         margin = self.margin(features)
-        probability = torch.sigmoid(margin)
-        taught = margin if self.learns_difficulty() else None
-        return GateOutput(probability, probability, margin > 0, taught)
+        probability = self.priced(torch.sigmoid(margin))
+        taught = largest(margin) if self.learns_difficulty() else None
+        return GateOutput(probability, probability, largest(margin) > 0, taught)

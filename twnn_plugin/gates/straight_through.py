@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import GateOutput, LearnedGate
+from .base import GateOutput, LearnedGate, largest
 
 __all__ = ["StraightThroughGate"]
 
@@ -19,6 +19,9 @@ class StraightThroughGate(LearnedGate):
 
     def forward(self, features: Tensor) -> GateOutput:
         margin = self.margin(features)
-        opened = margin > 0  # false for NaN: a broken sample is not iterated
-        taught = margin if self.learns_difficulty() else None
-        return GateOutput(torch.sigmoid(margin), torch.ones_like(margin), opened, taught)
+        opened = largest(margin) > 0  # false for NaN: a broken sample is not iterated
+        strength = torch.ones_like(margin)
+        if margin.dim() > 1:  # of a sample that a policy opens against the gate, all channels are
+            strength = torch.where(opened[:, None], (margin > 0).to(margin.dtype), 1.0)
+        taught = largest(margin) if self.learns_difficulty() else None
+        return GateOutput(self.priced(torch.sigmoid(margin)), strength, opened, taught)

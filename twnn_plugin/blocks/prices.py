@@ -1,0 +1,93 @@
+"""What a replay costs against a pass of the plain network, for budgets in multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import OptionError
+from ..gates import LearnedGate
+from ..gates.constant import AlwaysGate, NeverGate
+from .feedback import Feedback
+
+__all__ = ["set_prices"]
+
+
+def set_prices(model: nn.Module, parts: Sequence[Feedback], forward: Callable[[], Any]) -> None:
+    """Tell the gates whose budget is in multiply-adds what a replay costs.
+
+    Counted on a pass with the wormhole closed and one with it open for a single replay. Wormholes that are
+    solved together have the price of their group, and all groups share the budget evenly. Nothing is
+    done where no gate has such a budget.
+
+    Args:
+        model: what the parts belong to.
+        parts: its wormholes.
+        forward: a pass through it.
+
+    Raises:
+        OptionError: the model's multiply-adds cannot be counted.
+    """
+    if not any(isinstance(part.gate, LearnedGate) and part.gate.counts_cost() for part in parts):
+        return
+    plain = _count(model, parts, forward, ())
+    if plain == 0:
+        raise OptionError("The multiply-adds of this model cannot be counted; give budget as a share.")
+    groups = _groups(parts)
+    for group in groups:
+        price = (_count(model, parts, forward, group) - plain) / plain * len(groups)
+        for part in group:
+            if isinstance(part.gate, LearnedGate):
+                part.gate.price.fill_(price)
+    for part in parts:
+        part.last = None
+
+
+def _groups(parts: Sequence[Feedback]) -> list[list[Feedback]]:
+    """Wormholes by what they are solved with, as of the last pass."""
+    groups: dict[str, list[Feedback]] = {}
+    for part in parts:
+        assert part.last is not None
+        groups.setdefault(part.last.group or part.span, []).append(part)
+    return list(groups.values())
+
+
+def _count(
+    model: nn.Module, parts: Sequence[Feedback], forward: Callable[[], Any], opened: Sequence[Feedback]
+) -> int:
+    counter = FlopCounterMode(display=False)
+    with _evaluating(model), _one_replay(parts, opened), torch.no_grad(), counter:
+        forward()
+    return counter.get_total_flops()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _one_replay(parts: Sequence[Feedback], opened: Sequence[Feedback]) -> Iterator[None]:
+    """Some wormholes open for all samples, for one replay; all others closed."""
+    kept = [(part.gate, part.policy, part.settings) for part in parts]
+    try:
+        for part in parts:
+            # In the place of the gates, whose own work belongs to neither side.
+            part.gate = AlwaysGate() if any(part is p for p in opened) else NeverGate()
+            part.policy = None
+            part.settings = part.settings.changed(solver="picard", max_iter=1)
+        yield
+    finally:
+        for part, (gate, policy, settings) in zip(parts, kept, strict=True):
+            part.gate, part.policy, part.settings = gate, policy, settings
