@@ -151,10 +151,8 @@ class _Run:
         objective: nn.Module = Objective(self.state.model, self.config.smoothing)
         if self.here.size > 1:
             ids = [self.here.device.index] if self.here.device.type == "cuda" else None
-            # A wormhole that opens for no row of a batch takes no part in it.
-            objective = nn.parallel.DistributedDataParallel(
-                objective, device_ids=ids, find_unused_parameters=True
-            )
+            # A wormhole gets gradients also where it opens for no row: nothing has to be looked for.
+            objective = nn.parallel.DistributedDataParallel(objective, device_ids=ids)
         self.objective = objective
         self.parameters = [p for p in self.state.model.parameters() if p.requires_grad]
         self.callback = callback if self.here.is_primary else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from . import hosting
 from .base import Control, Outcome, Problem, Solver, StepSolver, WholeSolver
 from .book import Book
 from .graphs import Graphs
@@ -34,6 +35,13 @@ def solve(solver: Solver, problem: Problem, z: Tensor, control: Control) -> Outc
     if z.shape[0] == 0 or z.shape[1] == 0:
         empty = torch.zeros(z.shape[0], device=z.device)
         return Outcome(z, empty.long(), empty.long(), empty)
+    host = hosting.current()
+    if host is not None:
+        return host.solve(solver, problem, z, control, _solve)
+    return _solve(solver, problem, z, control)
+
+
+def _solve(solver: Solver, problem: Problem, z: Tensor, control: Control) -> Outcome:
     if isinstance(solver, WholeSolver):
         return solver.solve(problem, z, control)
     assert isinstance(solver, StepSolver)

@@ -1,0 +1,166 @@
+"""``overhead``: what a wormhole costs where it is closed, and what one replay costs where it is open.
+
+``closed``: the forward of a timm model in eval mode with a closed wormhole against the plain one; the
+logits must be the same bits. ``open``: one replay of the span against its modules called one by one, one
+evaluation of the solved map (the replay with its message) likewise, and the multiply-adds that ``tw.report``
+says against a count in the layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import twnn_plugin as tw
+
+from .harness import (
+    Benchmark,
+    Cell,
+    Claim,
+    Settings,
+    Stopwatch,
+    Table,
+    interleave,
+    ratio_of,
+    register,
+    spread_of,
+)
+from .wormhole_cost import pages
+from .wormhole_cost.spans import Span, counted_multiply_adds, span_of
+
+__all__ = ["Overhead"]
+
+MODELS: dict[str, dict[int, dict[str, Any]]] = {
+    "resnet18": {64: {}, 224: {}},
+    "convnext_atto": {64: {}, 224: {}},
+    "vit_tiny_patch16_224": {64: {"img_size": 64}, 224: {}},
+}
+"""Options by the side of the image, a small one and the usual one."""
+BATCHES = (1, 32)
+
+
+class Overhead(Benchmark):
+    """Closed wormholes against the plain forward; open ones against the modules of their span."""
+
+    name = "overhead"
+    question = "What does a closed wormhole cost, and what does a replay cost beside its span?"
+
+    def cells(self, settings: Settings) -> list[Cell]:
+        found = [
+            Cell(
+                f"{kind}/{model}/{side}px/batch{batch}",
+                {"kind": kind, "model": model, "side": side, "batch": batch, "seed": settings.seeds[0]},
+            )
+            for kind in ("closed", "open")
+            for model, sides in MODELS.items()
+            for side in sides
+            for batch in BATCHES
+        ]
+        return (
+            [c for c in found if c.options["side"] == 64 and c.options["batch"] == 1]
+            if settings.quick
+            else found
+        )
+
+    def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
+        options = cell.options
+        torch.manual_seed(options["seed"])
+        plain = timm.create_model(
+            options["model"], num_classes=10, **MODELS[options["model"]][options["side"]]
+        ).eval()
+        images = torch.randn(options["batch"], 3, options["side"], options["side"]).to(settings.device)
+        attached = tw.attach(copy.deepcopy(plain), "auto").eval().to(settings.device)
+        plain.to(settings.device)
+        budget = (0.5 if settings.quick else 15.0) * settings.budget
+        measure = self._closed if options["kind"] == "closed" else self._open
+        return measure(plain, attached, images, settings, budget)
+
+    @staticmethod
+    def _closed(
+        plain: nn.Module, attached: nn.Module, images: Tensor, settings: Settings, budget: float
+    ) -> dict[str, Any]:
+        with torch.no_grad():
+            same = torch.equal(plain(images), attached(images))
+        closed = not bool(tw.report(attached)[0].open.any())
+        runs = {"plain": lambda: plain(images), "closed": lambda: attached(images)}
+        return {"same_bits": same, "closed": closed, **_against("plain", runs, settings, budget)}
+
+    @staticmethod
+    def _open(
+        plain: nn.Module, attached: nn.Module, images: Tensor, settings: Settings, budget: float
+    ) -> dict[str, Any]:
+        tw.configure(attached, policy="always", max_iter=5)
+        with torch.no_grad():
+            span: Span = span_of(plain, attached, images)
+            difference = float((span.direct() - span.replay()).abs().max())
+            counted = counted_multiply_adds(plain, attached, span)
+        (record,) = tw.report(attached)
+        runs = {"modules": span.direct, "replay": span.replay, "evaluation": span.evaluate}
+        return {
+            "span": record.span,
+            "difference": difference,
+            "reported": record.multiply_adds / record.evaluations,
+            "counted": counted,
+            **_against("modules", runs, settings, budget),
+        }
+
+    def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
+        return [pages.closed(cells), pages.opened(cells)]
+
+    def plots(self, cells: list[dict[str, Any]], folder: Path) -> list[Path]:
+        return [pages.plot(cells, folder / "overhead.png")]
+
+    def claims(self, cells: list[dict[str, Any]]) -> list[Claim]:
+        return pages.claims(cells)
+
+
+def _against(
+    base: str, runs: dict[str, Callable[[], Any]], settings: Settings, budget: float
+) -> dict[str, Any]:
+    """Seconds of each, and ratios to the base, round by round.
+
+    A round takes each candidate several times, so that a round is some 20 ms and the clock's grain does not
+    show.
+    """
+    repeats = _repeats(runs[base], settings.device)
+
+    def timed(run: Callable[[], Any]) -> Callable[[Stopwatch], None]:
+        def once(watch: Stopwatch) -> None:
+            with torch.no_grad():
+                for _ in range(repeats):
+                    run()
+            watch.lap("forward")
+
+        return once
+
+    laps = interleave(
+        {name: timed(run) for name, run in runs.items()},
+        device=settings.device,
+        budget_s=budget,
+        min_rounds=5,
+        max_rounds=5 if settings.quick else 200,
+    )
+    seconds = {name: [lap["total"] / repeats if lap else None for lap in one] for name, one in laps.items()}
+    return {
+        "seconds": {n: spread_of([s for s in one if s is not None]).as_json() for n, one in seconds.items()},
+        "ratios": {n: ratio_of(seconds[n], seconds[base]).as_json() for n in seconds if n != base},
+    }
+
+
+def _repeats(run: Callable[[], Any], device: str) -> int:
+    watch = Stopwatch(device)
+    with torch.no_grad():
+        run()
+        watch.start()
+        run()
+    watch.lap("once")
+    return max(1, int(0.02 / max(watch.laps()["total"], 1e-6)))
+
+
+register(Overhead())

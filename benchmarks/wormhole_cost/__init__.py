@@ -1,0 +1,1 @@
+"""What a wormhole costs beside the modules of its span."""
