@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from .base import Policy, PolicyView
+from .selection import Selection, SelectionView
 
 __all__ = ["AlwaysPolicy", "NeverPolicy"]
 
 
 class AlwaysPolicy(Policy):
-    """Iterates every sample, whatever the gate says."""
+    """Iterates every sample, whatever the gate says; among layers, all of them in one sweep."""
 
     def forward(self, view: PolicyView) -> Tensor:
         return torch.ones_like(view.open)
+
+    def select(self, view: SelectionView) -> Selection:
+        return Selection(torch.full_like(view.counts, view.step == 0, dtype=torch.bool))
 
 
 class NeverPolicy(Policy):
@@ -22,3 +26,6 @@ class NeverPolicy(Policy):
 
     def forward(self, view: PolicyView) -> Tensor:
         return torch.zeros_like(view.open)
+
+    def select(self, view: SelectionView) -> Selection:
+        return Selection(torch.zeros_like(view.counts, dtype=torch.bool))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Policy, PolicyView
+from .base import PolicyView, SpanPolicy
 
 __all__ = ["GatePolicy"]
 
 
-class GatePolicy(Policy):
+class GatePolicy(SpanPolicy):
     """Iterates where the span's own gate is open."""
 
     def forward(self, view: PolicyView) -> Tensor:
