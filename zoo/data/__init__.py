@@ -1,6 +1,7 @@
 """Data sets: ``load_data`` gives train, validation and test parts, ``Batches`` iterates them."""
 
 from .batches import Batches, make_transform
+from .clutter import Clutter, ClutterSplit, compose, compose_splits
 from .sources import DEBIAN_FASHION_MNIST, default_data_dir, load_data
 from .specs import SPECS, DataSpec, dataset_names, parse_dataset
 from .splits import ArraySplit, DataSplits, ImageSplit, Split, hold_out
@@ -10,10 +11,14 @@ __all__ = [
     "SPECS",
     "ArraySplit",
     "Batches",
+    "Clutter",
+    "ClutterSplit",
     "DataSpec",
     "DataSplits",
     "ImageSplit",
     "Split",
+    "compose",
+    "compose_splits",
     "dataset_names",
     "default_data_dir",
     "hold_out",

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .clutter import RECIPES, compose_splits
 from .idx import has_idx_files, read_idx_pair
-from .specs import DataSpec, parse_dataset
+from .specs import SPECS, DataSpec, parse_dataset
 from .splits import ArraySplit, DataSplits, ImageSplit, Split, hold_out
 
 __all__ = ["DEBIAN_FASHION_MNIST", "default_data_dir", "load_data"]
@@ -65,6 +66,8 @@ def load_data(
     spec = spec.resized(img_size)
     if spec.name == "digits":
         return _cut(spec, _digits(), None)
+    if spec.name in RECIPES:  # composed anew, of parts that share no scan
+        return compose_splits(spec, _cut(SPECS["digits"], _digits(), None), RECIPES[spec.name])
     if spec.name == "folder":
         assert root is not None
         return _folder(spec, root)

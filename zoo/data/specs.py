@@ -51,6 +51,9 @@ SPECS = {
     spec.name: spec
     for spec in (
         DataSpec("digits", 10, 1, 8, (0.3053,), (0.3760,), "1,797 scanned digits inside scikit-learn"),
+        DataSpec(
+            "cued_digits", 10, 1, 20, (0.1119,), (0.2820,), "scikit-learn's digits in clutter, one marked"
+        ),
         DataSpec("mnist", 10, 1, 28, (0.1307,), (0.3081,), "70,000 handwritten digits, torchvision"),
         DataSpec("fashion_mnist", 10, 1, 28, (0.2860,), (0.3530,), "70,000 clothes, torchvision or Debian"),
         DataSpec("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "60,000 photos"),

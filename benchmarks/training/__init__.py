@@ -1,0 +1,1 @@
+"""Parts of the benchmark ``wormholes``: tasks, training, measurement, report."""

@@ -1,0 +1,280 @@
+"""Measuring a trained arm: accuracy, cost, gates, steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import twnn_plugin as tw
+from twnn_plugin.policies import Policy
+from twnn_plugin.types import PolicyView
+
+from .tasks import Opening, Part
+
+__all__ = ["Unsure", "judge_plain", "judge_wormhole"]
+
+_BATCH = 500
+GATES = ("entropy", "learned")
+SETTLED = 1e-3
+"""Tolerance at which the share of samples that have a fixed point is told."""
+
+
+class Unsure(Policy):
+    """Opens where the closed head's prediction has an entropy above a threshold.
+
+    Args:
+        model: with a closed head and one wormhole, whose source's open-loop output is looked at.
+        source: path of the source, a stage of timm's basic blocks.
+        threshold: nats.
+    """
+
+    def __init__(self, model: nn.Module, source: str, threshold: float = math.inf):
+        super().__init__()
+        self.threshold = threshold
+        self.entropy: Tensor = torch.zeros(0)
+        self._answer = [model]  # in a list: the model is not a child of its own policy
+        self._out: Tensor | None = None
+        # The innermost module that gives the stage's output: the wormhole replaces it further out, or later.
+        last: Any = list(model.get_submodule(source).children())[-1]
+        last.act2.register_forward_hook(self._keep, prepend=True)
+
+    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._out = output
+
+    def forward(self, view: PolicyView) -> Tensor:
+        model: Any = self._answer[0]
+        assert self._out is not None
+        with torch.no_grad():
+            logits = model.closed_head.heads[0](model.global_pool(self._out))
+        self.entropy = entropy(logits)
+        return self.entropy > self.threshold
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """(N,) in nats."""
+    return torch.distributions.Categorical(logits=logits).entropy()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a part in eval mode.
+
+    Attributes:
+        logits: (N, 10).
+        opened: (N,) bool.
+        steps: (N,) replays.
+        settled: (N,) bool, closed ones included.
+        score: (N,) of the learned gate.
+        extra: mean multiply-adds of the replays, a sample.
+    """
+
+    logits: Tensor
+    opened: Tensor
+    steps: Tensor
+    settled: Tensor
+    score: Tensor
+    extra: float
+
+
+def run_over(model: nn.Module, part: Part) -> Pass:
+    """The model as it is configured, on all images of a part."""
+    model.eval()
+    logits, records = [], []
+    with torch.no_grad():
+        for images in part.images.split(_BATCH):
+            logits.append(model(images))
+            records += tw.report(model)
+
+    def rows(name: str) -> Tensor:
+        return torch.cat([getattr(record, name) for record in records])
+
+    return Pass(
+        torch.cat(logits),
+        rows("open"),
+        rows("steps"),
+        rows("status") == int(tw.Status.converged),
+        rows("probability"),
+        sum(record.multiply_adds for record in records) / len(part.labels),
+    )
+
+
+def correct(logits: Tensor, part: Part) -> Tensor:
+    """(N,) float, 1 where right."""
+    return (logits.argmax(dim=1) == part.labels).float()
+
+
+def percent(right: Tensor) -> float:
+    """Of a (N,) tensor of zeros and ones."""
+    return round(100 * float(right.mean()), 3)
+
+
+def judge_plain(model: nn.Module, parts: dict[str, Part]) -> dict[str, Any]:
+    """Accuracy of a plain network."""
+    found: dict[str, Any] = {}
+    model.eval()
+    with torch.no_grad():
+        for name in ("val", "test"):
+            logits = torch.cat([model(images) for images in parts[name].images.split(_BATCH)])
+            found[name] = {"accuracy": percent(correct(logits, parts[name]))}
+    return found
+
+
+def judge_wormhole(model: nn.Module, opening: Opening, parts: dict[str, Part], base: int) -> dict[str, Any]:
+    """Accuracy closed, open and gated, cost, gates against chance, steps.
+
+    The tolerance, the kind of gate and its thresholds are chosen on the validation part.
+
+    Args:
+        model: trained.
+        opening: what the wormhole is for.
+        parts: ``"val"`` and ``"test"``.
+        base: multiply-adds of the open-loop pass.
+    """
+    source = opening.span.partition("->")[0]
+    unsure = Unsure(model, source)
+    val, test = parts["val"], parts["test"]
+    closed = {name: _closed(model, unsure, parts[name]) for name in ("val", "test")}
+    tw.configure(model, max_iter=opening.max_iter, policy="always")
+    tried = []
+    for tol in opening.tolerances:
+        tw.configure(model, tol=tol)
+        seen = run_over(model, val)
+        tried.append((percent(correct(seen.logits, val)), tol, seen))
+    # The best on validation data; among those within a tenth of a point of it, the cheapest.
+    best = max(accuracy for accuracy, _, _ in tried)
+    _, tol, open_val = max((t for t in tried if t[0] >= best - 0.1), key=lambda t: t[1])
+    tw.configure(model, tol=tol)
+    open_test = run_over(model, test)
+    found: dict[str, Any] = {
+        "tol": tol,
+        "tolerances": {str(t): [accuracy, base + seen.extra] for accuracy, t, seen in tried},
+        "val": {
+            "closed": percent(correct(closed["val"][0], val)),
+            "open": percent(correct(open_val.logits, val)),
+        },
+        "test": {
+            "closed": percent(correct(closed["test"][0], test)),
+            "open": percent(correct(open_test.logits, test)),
+        },
+        "open_cost": base + open_test.extra,
+    }
+    scores = {
+        name: {"entropy": closed[name][1], "learned": seen.score}
+        for name, seen in (("val", open_val), ("test", open_test))
+    }
+    found["gates"] = _gates(opening, scores, closed, (open_val, open_test), (val, test), base)
+    found["gate"] = max(GATES, key=lambda kind: found["gates"][kind]["val_accuracy"])
+    threshold = found["gates"][found["gate"]]["threshold"]
+    found["gated"] = run_gated(model, unsure, found["gate"], threshold, opening, (val, test), base)
+    found["gated"]["random"] = random_gate(found["gated"]["share"], closed["test"][0], open_test, test)
+    found["steps"] = _steps(model, opening, open_test, scores["test"][found["gate"]] > threshold, test)
+    return found
+
+
+def _closed(model: nn.Module, unsure: Unsure, part: Part) -> tuple[Tensor, Tensor]:
+    """Logits of the closed network, and their entropy."""
+    tw.configure(model, policy="never")
+    logits = run_over(model, part).logits
+    return logits, entropy(logits)
+
+
+def _gates(
+    opening: Opening,
+    scores: dict[str, dict[str, Tensor]],
+    closed: dict[str, tuple[Tensor, Tensor]],
+    passes: tuple[Pass, Pass],
+    split: tuple[Part, Part],
+    base: int,
+) -> dict[str, Any]:
+    """For each kind of gate its curve on the test part, and its threshold and validation accuracy.
+
+    A sample's answer does not depend on its batch mates, so that a gated pass is put together from the closed
+    and the open one; the headline is also run for real.
+    """
+    found: dict[str, Any] = {}
+    (open_val, open_test), (val, test) = passes, split
+    each = open_test.extra / max(float(open_test.steps.float().mean()), 1e-9)
+    for kind in GATES:
+        curve = []
+        for share in sorted({*opening.shares, opening.share}):
+            threshold = float(torch.quantile(scores["val"][kind], 1 - share))
+            goes = scores["test"][kind] > threshold
+            right = torch.where(goes, correct(open_test.logits, test), correct(closed["test"][0], test))
+            got = float(goes.float().mean())
+            curve.append(
+                {
+                    "wanted": share,
+                    "share": round(got, 4),
+                    "accuracy": percent(right),
+                    "random": random_gate(got, closed["test"][0], open_test, test),
+                    "cost": round(base + each * float((goes * open_test.steps).float().mean())),
+                }
+            )
+            if share == opening.share:
+                mine = scores["val"][kind] > threshold
+                both = correct(open_val.logits, val), correct(closed["val"][0], val)
+                found[kind] = {"threshold": threshold, "val_accuracy": percent(torch.where(mine, *both))}
+        found[kind]["curve"] = curve
+    return found
+
+
+def random_gate(share: float, closed: Tensor, opened: Pass, part: Part) -> float:
+    """Expected accuracy of a gate that opens at random with this probability."""
+    mixed = share * correct(opened.logits, part) + (1 - share) * correct(closed, part)
+    return percent(mixed)
+
+
+def run_gated(
+    model: nn.Module,
+    unsure: Unsure,
+    kind: str,
+    threshold: float,
+    opening: Opening,
+    split: tuple[Part, Part],
+    base: int,
+) -> dict[str, Any]:
+    """The headline: the network with its gate, run on the test part."""
+    if kind == "entropy":
+        unsure.threshold = threshold
+        tw.configure(model, policy=unsure)
+    else:
+        tw.configure(model, policy="gate")
+        tw.calibrate(model, list(split[0].images.split(_BATCH)), budget=opening.share)
+    seen = run_over(model, split[1])
+    return {
+        "wanted": opening.share,
+        "share": float(seen.opened.float().mean()),
+        "accuracy": percent(correct(seen.logits, split[1])),
+        "cost": base + seen.extra,
+        "settled": float(seen.settled[seen.opened].float().mean()) if bool(seen.opened.any()) else None,
+    }
+
+
+def _steps(model: nn.Module, opening: Opening, seen: Pass, goes: Tensor, part: Part) -> dict[str, Any]:
+    """How many replays, what they follow, and whether there is a fixed point at all."""
+    found: dict[str, Any] = {
+        "histogram": torch.bincount(seen.steps, minlength=opening.max_iter + 1).tolist(),
+        "histogram_gated": torch.bincount(seen.steps * goes, minlength=opening.max_iter + 1).tolist(),
+        "mean": float(seen.steps.float().mean()),
+        "settled": float(seen.settled.float().mean()),
+    }
+    tw.configure(model, tol=SETTLED, max_iter=40, policy="always")
+    fixed = run_over(model, part)
+    found["fixed_point"] = float(fixed.settled.float().mean())
+    found["fixed_point_accuracy"] = percent(correct(fixed.logits, part))
+    found["fixed_point_steps"] = float(fixed.steps.float().mean())
+    found["rank_correlation"] = {name: _rank(fixed.steps, value) for name, value in part.difficulty.items()}
+    return found
+
+
+def _rank(steps: Tensor, value: Tensor) -> float | None:
+    """Spearman's rank correlation; None where one side is constant."""
+    if steps.unique().numel() < 2 or value.unique().numel() < 2:
+        return None
+    result: Any = spearmanr(steps.numpy(), value.numpy())
+    return round(float(result.statistic), 4)
