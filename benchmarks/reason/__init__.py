@@ -1,0 +1,1 @@
+"""What ``reasoning`` measures, its tables and its plots."""

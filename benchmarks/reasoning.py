@@ -1,0 +1,123 @@
+"""``reasoning``: tasks whose depth grows with the input, and whether the computation follows.
+
+The weights that ship, tested at sizes from those of their training to many times as large, with the
+solver choosing the number of steps; with several ``--seeds`` the models and their baselines are also
+trained and every seed is reported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .harness import Benchmark, Cell, Claim, Settings, Table, register
+from .reason import measure, pictures, tables
+
+__all__ = ["Reasoning"]
+
+TESTED = {
+    "twnn_prefix": {32: 1000, 44: 1000, 128: 1000, 512: 10_000, 4096: 100},
+    "twnn_maze": {9: 1000, 13: 10_000, 33: 1000, 59: 300, 201: 10},
+}
+QUICK_TESTED = {"twnn_prefix": {32: 20, 64: 20}, "twnn_maze": {9: 20, 13: 20}}
+DYNAMICS = {"twnn_prefix": (128, 200, 400), "twnn_maze": (33, 100, 600)}
+QUICK_DYNAMICS = {"twnn_prefix": (32, 8, 60), "twnn_maze": (9, 8, 60)}
+TASK = {"prefix": "prefix_sums", "maze": "mazes", "pathfinder": "pathfinder"}
+RETRAINED = {
+    "prefix": {32: 1000, 44: 1000, 128: 1000, 512: 1000},
+    "maze": {9: 1000, 13: 1000, 33: 200, 59: 40},
+    "pathfinder": {14: 4000},
+}
+KINDS = {
+    "prefix": ("twnn", "ff", "rnn", "deq"),
+    "maze": ("twnn", "ff", "rnn", "deq"),
+    "pathfinder": ("twnn", "ff"),
+}
+
+
+class Reasoning(Benchmark):
+    """Prefix sums, mazes and Pathfinder."""
+
+    name = "reasoning"
+    question = "On tasks that need depth, does the computation follow the input, and how far beyond training?"
+
+    def cells(self, settings: Settings) -> list[Cell]:
+        tested = QUICK_TESTED if settings.quick else TESTED
+        looked_at = QUICK_DYNAMICS if settings.quick else DYNAMICS
+        cells = [
+            Cell(
+                f"{model}/size{size}",
+                {
+                    "kind": "shipped",
+                    "model": model,
+                    "task": _task(model),
+                    "size": size,
+                    "count": count,
+                    "seed": 1000,
+                },
+            )
+            for model, sizes in tested.items()
+            for size, count in sizes.items()
+        ]
+        cells += [
+            Cell(
+                f"{model}/dynamics{size}",
+                {
+                    "kind": "dynamics",
+                    "model": model,
+                    "size": size,
+                    "count": count,
+                    "most": most,
+                    "seed": 1001,
+                },
+            )
+            for model, (size, count, most) in looked_at.items()
+        ]
+        return cells + self.trained(settings)
+
+    @staticmethod
+    def trained(settings: Settings) -> list[Cell]:
+        """Trainings: with several seeds, or a few updates each when quick."""
+        if len(settings.seeds) < 2 and not settings.quick:
+            return []
+        return [
+            Cell(
+                f"train/{kind}_{task}/seed{seed}",
+                {"kind": "retrained", "model": f"{kind}_{task}", "seed": seed},
+            )
+            for seed in settings.seeds
+            for task, kinds in KINDS.items()
+            for kind in kinds
+        ]
+
+    def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
+        o = cell.options
+        if o["kind"] == "shipped":
+            return measure.shipped(o["model"], o["size"], o["count"], o["seed"])
+        if o["kind"] == "dynamics":
+            return measure.dynamics(o["model"], o["size"], o["count"], o["most"], o["seed"])
+        sizes = RETRAINED[o["model"].partition("_")[2]]
+        if settings.quick:
+            sizes = {min(sizes): 20}
+        return measure.retrained(o["model"], sizes, o["seed"], 3 if settings.quick else None)
+
+    def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
+        found = [tables.shipped_table(cells), tables.dynamics_table(cells), tables.retrained_table(cells)]
+        return [table for table in found if table.rows]
+
+    def plots(self, cells: list[dict[str, Any]], folder: Path) -> list[Path]:
+        drawn = [
+            pictures.steps(cells, folder / "steps.png"),
+            pictures.iterations(cells, folder / "iterations.png"),
+        ]
+        return [path for path in drawn if path is not None]
+
+    def claims(self, cells: list[dict[str, Any]]) -> list[Claim]:
+        return tables.claims(cells)
+
+
+def _task(model: str) -> str:
+    return TASK[model.partition("_")[2]]
+
+
+register(Reasoning())

@@ -1,0 +1,183 @@
+"""Training of the models for generated tasks, from Python and from the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from zoo.cli import main
+from zoo.errors import ConfigError
+from zoo.tasks import RECIPES, Recipe, prefix_sums, recipe_for, score, train_task
+from zoo.tasks.recipe import METHODS
+from zoo.tasks.run import load_model
+
+FEW = {"updates": 3, "batch_size": 8}
+
+
+def twnn(*args):
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def weights(trained):
+    return torch.cat([p.flatten() for p in trained.model.parameters()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_moves_the_weights_and_repeats(method):
+    recipe = recipe_for("twnn_prefix", **FEW, size=16, method=method, jacobian_from=0.0, graded=(2, 3))
+    once, again = train_task(recipe), train_task(recipe)
+    assert torch.equal(weights(once), weights(again)) and once.losses == again.losses
+    other = train_task(replace(recipe, seed=1))
+    assert not torch.equal(weights(once), weights(other))
+    assert len(once.losses) == 3 and not once.model.training
+
+
+@pytest.mark.parametrize("model", [name for name in RECIPES if name.endswith("_maze")])
+def test_maze_recipes_run(model):
+    trained = train_task(recipe_for(model, updates=2, batch_size=4, size=5, select=0))
+    assert all(torch.isfinite(torch.tensor(trained.losses)))
+
+
+def test_learning_goes_down():
+    trained = train_task(recipe_for("twnn_prefix", updates=60, batch_size=32, size=8, lr=5e-3, warmup=5))
+    first, last = (sum(part) / 15 for part in (trained.losses[:15], trained.losses[-15:]))
+    assert last < 0.85 * first
+
+
+def test_the_buffer_keeps_states_and_examples_together():
+    recipe = recipe_for("twnn_prefix", updates=12, batch_size=8, size=16, buffer=16, fresh=0.5, drop=0.2)
+    assert len(train_task(recipe).losses) == 12
+    assert not torch.equal(weights(train_task(recipe)), weights(train_task(replace(recipe, buffer=0))))
+
+
+def test_selection_takes_the_best_on_validation_data():
+    recipe = recipe_for("twnn_maze", updates=4, batch_size=8, size=5, select=1)
+    seen = []
+    trained = train_task(
+        recipe,
+        callback=lambda update, model: seen.append(
+            torch.cat([p.flatten() for p in model.parameters()]).clone()
+        ),
+    )
+    assert len(seen) == 4 and any(torch.equal(weights(trained), one) for one in seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"updates": 0}, "updates=0"),
+        ({"method": "unrolld"}, "Did you mean 'unrolled'"),
+        ({"noise": 1.5}, "noise=1.5"),
+        ({"free": (3, 2)}, "fewest and most"),
+        ({"graded": (0, 2)}, "from 1 on"),
+        ({"buffer": 3}, "buffer=3"),
+        ({"buffer": 640, "method": "unrolled"}, "'phantom' keeps states"),
+        ({"task": "maze"}, "Did you mean 'mazes'"),
+    ],
+)
+def test_impossible_recipes(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        Recipe(**changes)
+
+
+def test_unknown_settings_and_models():
+    with pytest.raises(ConfigError, match="Did you mean 'updates'"):
+        recipe_for("twnn_prefix", update=1)
+    with pytest.raises(ConfigError, match="Did you mean 'twnn_prefix'"):
+        recipe_for("twnn_prefx")
+    with pytest.raises(TypeError, match="ff_prefix has none"):
+        train_task(recipe_for("ff_prefix", method="phantom", **FEW))
+    plain = recipe_for("deq_prefix", graded=(1, 9))
+    assert Recipe.from_dict(json.loads(json.dumps(plain.as_dict()))) == plain
+
+
+def test_train_then_eval(tmp_path):
+    run, file = tmp_path / "run", tmp_path / "figures.json"
+    command = ("train", "--model", "twnn_prefix", "--bits", 16, "--updates", 4, "--output", run, "--seed", 3)
+    result = twnn(*command)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in run.iterdir()} == {
+        "args.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "validation.json",
+    }
+    args = json.loads((run / "args.json").read_text())
+    assert args["seed"] == 3 and args["size"] == 16 and args["updates"] == 4
+    again = twnn(*command)
+    assert again.exit_code == 2 and "already holds a run" in again.stderr
+    flags = (
+        "--model",
+        "twnn_prefix",
+        "--checkpoint",
+        run / "model.safetensors",
+        "--bits",
+        20,
+        "--samples",
+        30,
+    )
+    result = twnn("eval", *flags, "--seed", 1, "--max-iter", 2, "--tol", 1e-9, "--json", file)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(file.read_text())
+    assert figures["samples"] == 30 and figures["size"] == 20 and figures["most_steps"] == 2
+    assert figures["not_converged"] == 30
+    model, _ = load_model("twnn_prefix", run / "model.safetensors")
+    model(prefix_sums(8, 2).inputs)
+
+
+def test_eval_with_the_weights_that_ship(tmp_path):
+    file = tmp_path / "figures.json"
+    result = twnn("eval", "--model", "twnn_prefix", "--bits", 512, "--samples", 20, "--json", file)
+    assert result.exit_code == 0, result.output
+    assert "shipped weights" in result.stdout and "512 bits" in result.stdout
+    figures = json.loads(file.read_text())
+    assert figures["right"] == 1 and figures["converged"] == 1 and figures["mean_steps"] > 60
+    found = score(load_model("twnn_prefix")[0], prefix_sums(512, 20, 0, "test"))
+    assert figures["mean_steps"] == pytest.approx(float(found.steps.double().mean()))
+
+
+def test_pathfinder_is_trained_like_images(tmp_path, monkeypatch):
+    from zoo.tasks import run as module
+
+    splits = module.pathfinder_splits
+    monkeypatch.setattr(module, "pathfinder_splits", lambda n, pixels: splits(n, 64, 16, pixels=pixels))
+    output = tmp_path / "run"
+    flags = ("--epochs", 1, "--batch-size", 16, "--contour-length", 6, "--device", "cpu", "--output", output)
+    result = twnn("train", "--model", "twnn_pathfinder", *flags)
+    assert result.exit_code == 0, result.output
+    result = twnn("eval", "--checkpoint", output / "best.pth.tar", "--contour-length", 6, "--samples", 40)
+    assert result.exit_code == 0, result.output
+    assert "pathfinder, 6 dashes" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("train", "--model", "twnn_prefix", "--epochs", 2), "--updates instead of --epochs"),
+        (("train", "--model", "twnn_prefix", "--mixup", 0.2), "--mixup is no setting"),
+        (("train", "--model", "twnn_prefix", "--maze-size", 9), "--maze-size is for mazes"),
+        (("train", "--model", "twnn_prefix", "--dataset", "mnist"), "trained on prefix_sums"),
+        (("train", "--model", "twnn_maze", "--maze-size", 10), "odd number"),
+        (("train", "--model", "twnn_prefix", "--data-dir", "{tmp}"), "len_32"),
+        (("train", "--model", "cnn3", "--bits", 9), "--bits is for"),
+        (("train", "--model", "twnn_pathfinder", "--updates", 9), "--epochs, not --updates"),
+        (("eval", "--model", "ff_prefix"), "No weights of ff_prefix ship"),
+        (("eval", "--model", "cnn3", "--bits", 9), "--bits is for"),
+        (("eval", "--model", "twnn_maze", "--bits", 9), "--bits is for prefix_sums"),
+        (("eval", "--model", "twnn_prefix", "--solver", "picrad"), "Did you mean 'picard'"),
+        (("eval", "--model", "twnn_prefix", "--checkpoint", "{tmp}/none"), "none"),
+        (("eval", "--model", "twnn_prefix", "--data-dir", "{tmp}"), "len_32"),
+    ],
+    ids=lambda value: "_".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, args, said):
+    monkeypatch.chdir(tmp_path)
+    result = twnn(*(str(arg).replace("{tmp}", str(tmp_path)) for arg in args))
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert said in result.stderr
+    assert not list(tmp_path.glob("output/*/*"))

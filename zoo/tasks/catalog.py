@@ -1,0 +1,125 @@
+"""The tasks by name: their sizes, their examples, and a stream of training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from twnn_plugin.errors import nearest
+
+from ..errors import ConfigError
+from .examples import Examples
+from .mazes import mazes
+from .pathfinder import pathfinder
+from .prefix import prefix_sums
+
+__all__ = ["TASKS", "Task", "find_task", "passes", "stream", "task_of_model"]
+
+_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name: what users type after ``--dataset``.
+        draw: ``draw(size, count, seed, split)``.
+        size: what a size counts.
+        trained: the size that is trained on.
+        tested: sizes that are tested.
+        models: endings of the names of its models.
+        measures: its difficulties, in words.
+    """
+
+    name: str
+    draw: Callable[[int, int, int, str], Examples]
+    size: str
+    trained: int
+    tested: tuple[int, ...]
+    models: str
+    measures: dict[str, str]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "prefix_sums",
+            prefix_sums,
+            "bits",
+            32,
+            (32, 44, 128, 512, 4096),
+            "_prefix",
+            {"ones": "number of 1s", "run": "longest run of equal bits"},
+        ),
+        Task(
+            "mazes",
+            mazes,
+            "units along a side",
+            9,
+            (9, 13, 33, 59, 201),
+            "_maze",
+            {
+                "path": "length of the path",
+                "dead_end": "depth of the deepest dead end",
+                "reach": "largest distance from an end",
+            },
+        ),
+        Task(
+            "pathfinder",
+            pathfinder,
+            "dashes in a contour",
+            14,
+            (6, 9, 14),
+            "_pathfinder",
+            {"turning": "sum of the contour's turns"},
+        ),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ConfigError: there is none; the message has the nearest one.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"Unknown task {name!r}.{nearest(name, TASKS)} Tasks: {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def task_of_model(model: str) -> Task | None:
+    """The task that a model is made for, by its name; ``None`` for a model of images and classes."""
+    plain = model.split(".")[0]
+    return next((task for task in TASKS.values() if plain.endswith(task.models)), None)
+
+
+def stream(task: Task, size: int, batch_size: int, seed: int) -> Iterator[Examples]:
+    """Training batches without end, never the same example on purpose; a function of the arguments."""
+    chunk = 0
+    while True:
+        own = int(np.random.SeedSequence([seed, chunk]).generate_state(1)[0])
+        examples = task.draw(size, max(_CHUNK // batch_size, 1) * batch_size, own, "train")
+        for first in range(0, len(examples), batch_size):
+            yield examples[torch.arange(first, first + batch_size)]
+        chunk += 1
+
+
+def passes(examples: Examples, batch_size: int, seed: int) -> Iterator[Examples]:
+    """Batches of examples at hand without end, shuffled anew for every pass.
+
+    Raises:
+        ConfigError: there are fewer examples than a batch holds.
+    """
+    if len(examples) < batch_size:
+        raise ConfigError(f"A batch of {batch_size} is more than the {len(examples)} examples there are.")
+    random = np.random.default_rng([seed, 6])
+    while True:
+        order = torch.from_numpy(random.permutation(len(examples)))
+        for first in range(0, len(order) - batch_size + 1, batch_size):
+            yield examples[order[first : first + batch_size]]

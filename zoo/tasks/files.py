@@ -1,0 +1,109 @@
+"""Reader of the deep-thinking benchmark's own files (Schwarzschild et al. 2021, ``easy-to-hard-data``)."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DataError
+from .examples import SPLITS, Examples
+from .mazes import pixels_of
+
+__all__ = ["read_examples"]
+
+_TRAINED_ON = 0.8  # the benchmark's share of training data; the rest is its validation data
+
+
+def read_examples(task: str, data_dir: str | Path, size: int, split: str) -> Examples:
+    """Examples from the benchmark's files.
+
+    Prefix sums: ``prefix_sums_data/len_N/N_data.pth`` and ``N_targets.pth``, (M, N) of 0 and 1. Mazes:
+    ``maze_data_train_S`` or ``maze_data_test_S`` with ``inputs.npy`` (M, 3, P, P) and ``solutions.npy``
+    (M, P, P). Training data are the first 80 % of a set, validation data the rest; for prefix sums, of
+    which there is one set a length, test data are the whole set.
+
+    Args:
+        task: ``"prefix_sums"`` or ``"mazes"``.
+        data_dir: the benchmark's root folder, or the folder of the files themselves.
+        size: bits, or units along a side.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+
+    Raises:
+        DataError: files are missing, unreadable or of other shapes.
+        ConfigError: the benchmark has no such task.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"Unknown split {split!r}. Splits: {', '.join(SPLITS)}.")
+    root = Path(data_dir).expanduser()
+    if task == "prefix_sums":
+        return _part(_prefix_sums(root, size), split)
+    if task == "mazes":
+        return _part(_mazes(root, size, "test" if split == "test" else "train"), split)
+    raise ConfigError(f"The deep-thinking benchmark has prefix_sums and mazes; got {task!r}.")
+
+
+def _part(examples: Examples, split: str) -> Examples:
+    cut = int(_TRAINED_ON * len(examples))
+    if split == "test":
+        return examples
+    return examples[slice(0, cut)] if split == "train" else examples[slice(cut, None)]
+
+
+def _prefix_sums(root: Path, bits: int) -> Examples:
+    folder = _find(root, Path("prefix_sums_data") / f"len_{bits}", f"{bits}_data.pth")
+    data = _load_torch(folder / f"{bits}_data.pth")
+    targets = _load_torch(folder / f"{bits}_targets.pth")
+    if data.dim() != 2 or data.shape[1] != bits or targets.shape != data.shape:
+        raise DataError(
+            f"{folder} should hold two (M, {bits}); got {tuple(data.shape)} and {tuple(targets.shape)}."
+        )
+    data = data.float()
+    return Examples(data[:, None], targets.long(), {"ones": data.sum(dim=1)})
+
+
+def _mazes(root: Path, size: int, part: str) -> Examples:
+    folder = _find(root, Path(f"maze_data_{part}_{size}"), "inputs.npy")
+    inputs, targets = _load_numpy(folder / "inputs.npy"), _load_numpy(folder / "solutions.npy")
+    pixels = pixels_of(size)
+    if inputs.shape[1:] != (3, pixels, pixels) or targets.shape != (len(inputs), pixels, pixels):
+        raise DataError(
+            f"{folder} should hold arrays (M, 3, {pixels}, {pixels}) and (M, {pixels}, {pixels}); got "
+            f"{inputs.shape} and {targets.shape}."
+        )
+    labels = torch.from_numpy(targets).long()
+    # A path of n steps from cell to cell covers 2 n + 1 units of four pixels.
+    length = (labels.flatten(1).sum(dim=1) / 4 - 1) / 2
+    return Examples(torch.from_numpy(inputs).float(), labels, {"path": length.float()})
+
+
+def _find(root: Path, below: Path, file: str) -> Path:
+    for folder in (root / below, root / below.name, root):
+        if (folder / file).is_file():
+            return folder
+    raise DataError(f"There is no {below / file} in {root}; give the folder that holds {below.parts[0]}.")
+
+
+def _load_torch(path: Path) -> Tensor:
+    try:
+        value: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}") from None
+    if not isinstance(value, Tensor):
+        raise DataError(f"{path} should hold a tensor; it holds a {type(value).__name__}.")
+    return value
+
+
+def _load_numpy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,164 @@
+"""How the reasoning models are trained: one table of settings, and the recipes that worked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from twnn_plugin.errors import nearest
+
+from ..errors import ConfigError
+from .catalog import TASKS, find_task, task_of_model
+
+__all__ = ["METHODS", "RECIPES", "Recipe", "recipe_for"]
+
+METHODS = ("phantom", "unrolled", "progressive", "implicit", "plain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of one training; a mistake in them raises :class:`~zoo.errors.ConfigError`.
+
+    Attributes:
+        model: its name in timm's registry.
+        task: its name in :data:`~zoo.tasks.catalog.TASKS`.
+        size: of the training examples, in the task's units.
+        method: ``"phantom"``: free steps without gradient from noise or zero, then a few with gradient;
+            ``"unrolled"``: from zero, with gradient through every step, as many steps as ``graded`` says;
+            ``"progressive"``: Bansal et al. (2022): n free and k graded steps from zero, n + k at most the
+            larger number of ``graded``, mixed with the loss after all of them; ``"implicit"``: the
+            model's own forward pass and its adjoint; ``"plain"``: the same, for models that do not iterate.
+        updates: of the weights.
+        batch_size: examples an update.
+        lr: learning rate of AdamW after ``warmup`` updates; it falls linearly over the second half.
+        warmup: updates.
+        clip: norm at which gradients are clipped.
+        ema: decay of the moving average of the weights, which is the result.
+        noise: share of the starts that are noise of random scale instead of zero (phantom).
+        free: fewest and most steps without gradient (phantom).
+        graded: fewest and most steps with gradient.
+        jacobian: weight of the Jacobian penalty of Bai et al. (2021) at the reached state.
+        jacobian_from: share of the updates after which it sets in; from the first one on it can
+            collapse the map.
+        alpha: weight of the progressive loss against that after all steps.
+        drop: share of the positions that a free or graded step leaves as they were, at random.
+        buffer: states kept from update to update, with their examples; 0: every update starts anew (phantom).
+        fresh: share of the buffer that is started anew at each use.
+        select: updates between looks at validation examples of the same size; the weights that were right
+            most often, the latest of equals, are the result. 0: the last ones are.
+        seed: of everything random.
+        model_kwargs: options of the model.
+    """
+
+    model: str = "twnn_prefix"
+    task: str = "prefix_sums"
+    size: int = 32
+    method: str = "phantom"
+    updates: int = 1500
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup: int = 200
+    clip: float = 1.0
+    ema: float = 0.99
+    noise: float = 0.7
+    free: tuple[int, int] = (8, 20)
+    graded: tuple[int, int] = (1, 6)
+    jacobian: float = 0.05
+    jacobian_from: float = 0.5
+    alpha: float = 0.5
+    drop: float = 0.0
+    buffer: int = 0
+    fresh: float = 0.04
+    select: int = 0
+    seed: int = 0
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        find_task(self.task)
+        if self.method not in METHODS:
+            raise ConfigError(
+                f"Unknown method {self.method!r}.{nearest(self.method, METHODS)} There are {METHODS}."
+            )
+        for name in ("updates", "batch_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "clip"):
+            self._require(name, getattr(self, name) > 0, "a positive number")
+        for name in ("noise", "jacobian_from", "alpha", "fresh"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("ema", "drop"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        for name in ("warmup", "seed", "jacobian", "buffer", "select"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("free", 0 <= self.free[0] <= self.free[1], "fewest and most steps")
+        self._require("graded", 1 <= self.graded[0] <= self.graded[1], "fewest and most steps, from 1 on")
+        self._require("buffer", not 0 < self.buffer < self.batch_size, "0 or at least the batch size")
+        if self.buffer and self.method != "phantom":
+            raise ConfigError(f"Only the method 'phantom' keeps states; got buffer={self.buffer}.")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name}={getattr(self, name)!r} is not possible: expected {expected}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "free": list(self.free), "graded": list(self.graded)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`as_dict`."""
+        plain: dict[str, Any] = {
+            name: tuple(v) if name in ("free", "graded") else v for name, v in values.items()
+        }
+        return cls(**plain)
+
+
+_MAZES: dict[str, Any] = {
+    "task": "mazes",
+    "size": 9,
+    "method": "unrolled",
+    "updates": 2000,
+    "graded": (10, 36),
+    "jacobian": 0.0,
+    "select": 100,
+    "clip": 0.5,
+}
+_PLAIN: dict[str, Any] = {"method": "plain", "jacobian": 0.0}
+_IMAGES: dict[str, Any] = {**_PLAIN, "task": "pathfinder", "size": 14, "updates": 2500, "lr": 2e-3}
+
+RECIPES: dict[str, Recipe] = {
+    recipe.model: recipe
+    for recipe in (
+        Recipe(model="twnn_prefix"),
+        Recipe(model="rnn_prefix", method="progressive", graded=(1, 20), jacobian=0.0),
+        Recipe(model="ff_prefix", **_PLAIN),
+        Recipe(model="deq_prefix", method="implicit", jacobian=0.0),
+        Recipe(model="twnn_maze", **_MAZES),
+        Recipe(model="rnn_maze", **{**_MAZES, "method": "progressive"}),
+        Recipe(model="ff_maze", **{**_MAZES, **_PLAIN}),
+        Recipe(model="twnn_pathfinder", **{**_IMAGES, "method": "implicit"}),
+        Recipe(model="ff_pathfinder", **_IMAGES),
+        Recipe(model="deq_maze", **{**_MAZES, "method": "implicit"}),
+    )
+}
+"""What each model is trained with unless one says otherwise."""
+
+
+def recipe_for(model: str, **changes: Any) -> Recipe:
+    """The recipe of a model with some settings changed.
+
+    Raises:
+        ConfigError: no recipe for this model, an unknown setting or an impossible value.
+    """
+    known = [item.name for item in fields(Recipe)]
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"A recipe has no setting {name!r}.{nearest(name, known)}")
+    if model not in RECIPES:
+        task = task_of_model(model)
+        hint = nearest(model, RECIPES) if task is None else f" Its task, {task.name}, is trained otherwise."
+        raise ConfigError(f"No recipe for {model!r}.{hint} Recipes: {', '.join(RECIPES)}.")
+    return replace(RECIPES[model], **changes)
+
+
+assert all(recipe.task in TASKS for recipe in RECIPES.values())

@@ -1,0 +1,234 @@
+"""Training of the reasoning models on examples that are drawn as they are needed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twnn_plugin import jacobian_frobenius
+
+from ..errors import TrainingError
+from ..models.reasoning import ReasoningNet
+from ..progress import Bar
+from .catalog import Task, find_task, passes, stream
+from .examples import Examples
+from .recipe import Recipe
+from .scoring import score
+
+__all__ = ["Trained", "train_task"]
+
+_BETAS = (0.9, 0.99)
+_VALIDATION = 256
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training ended with.
+
+    Attributes:
+        model: with the moving average of the weights, in eval mode; the best on validation data, or the
+            last, as the recipe says.
+        losses: of every update.
+        seconds: spent.
+    """
+
+    model: nn.Module
+    losses: list[float]
+    seconds: float
+
+
+def train_task(
+    recipe: Recipe,
+    *,
+    data: Examples | None = None,
+    callback: Callable[[int, nn.Module], None] | None = None,
+    console: Any = None,
+) -> Trained:
+    """Train ``recipe.model``; the same recipe gives the same weights on the same machine.
+
+    The global random state is seeded from ``recipe.seed``.
+
+    Args:
+        recipe: the settings.
+        data: examples at hand, which are passed over again and again; None: new ones are drawn.
+        callback: called with the number of updates done and the averaged model after each update.
+        console: a ``rich`` console for a progress bar.
+
+    Raises:
+        ConfigError: the method does not suit the model.
+        TrainingError: the loss is not finite any more.
+    """
+    begin = time.perf_counter()
+    torch.manual_seed(recipe.seed)
+    task = find_task(recipe.task)
+    model = timm.create_model(recipe.model, **recipe.model_kwargs).train()
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=_BETAS, weight_decay=0.0)
+    if data is None:
+        batches = stream(task, recipe.size, recipe.batch_size, recipe.seed)
+    else:
+        batches = passes(data, recipe.batch_size, recipe.seed)
+    objective = _objective(recipe, model, batches)
+    losses: list[float] = []
+    best = _Best(recipe, task) if recipe.select else None
+    with Bar(console, f"training {recipe.model}", recipe.updates) as bar:
+        for update in range(recipe.updates):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * _schedule(update, recipe)
+            loss = objective(update)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(f"The loss is {losses[-1]} after {update} updates; try a smaller lr.")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
+            _average(averaged, model, min(recipe.ema, (1 + update) / (10 + update)))
+            if best is not None and ((update + 1) % recipe.select == 0 or update + 1 == recipe.updates):
+                best.look(averaged)
+            if callback is not None:
+                callback(update + 1, averaged)
+            bar.advance()
+    if best is not None:
+        averaged.load_state_dict(best.weights)
+    return Trained(averaged.eval(), losses, time.perf_counter() - begin)
+
+
+class _Best:
+    """The weights that were right most often on validation examples of the size that is trained on."""
+
+    def __init__(self, recipe: Recipe, task: Task):
+        self.examples = task.draw(recipe.size, _VALIDATION, recipe.seed, "val")
+        self.right, self.weights = -1.0, {}
+
+    def look(self, model: nn.Module) -> None:
+        right = float(score(model, self.examples).right.double().mean())
+        if right >= self.right:
+            self.right, self.weights = right, copy.deepcopy(model.state_dict())
+
+
+def _schedule(update: int, recipe: Recipe) -> float:
+    rise = (update + 1) / max(recipe.warmup, 1)
+    fall = 2 * (recipe.updates - update) / recipe.updates
+    return min(1.0, rise, fall)
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
+    for kept, new in zip(averaged.parameters(), model.parameters(), strict=True):
+        kept.lerp_(new, 1 - decay)
+
+
+def _objective(recipe: Recipe, model: nn.Module, batches: Iterator[Examples]) -> Callable[[int], Tensor]:
+    """The loss of an update, by the recipe's method."""
+    from twnn_plugin.errors import OptionError
+
+    if recipe.method in ("plain", "implicit"):
+        return lambda update: _whole(model, next(batches))
+    if not isinstance(model, ReasoningNet):
+        raise OptionError(
+            f"Method {recipe.method!r} iterates the model's step; {recipe.model} has none. Use 'plain' "
+            "or 'implicit'."
+        )
+    random = np.random.default_rng([recipe.seed, 4])
+    if recipe.method == "progressive":
+        return lambda update: _progressive(recipe, model, next(batches), random)
+    if recipe.method == "unrolled":
+        return lambda update: _unrolled(recipe, model, next(batches), random)
+    return _Phantom(recipe, model, batches, random)
+
+
+def _whole(model: nn.Module, batch: Examples) -> Tensor:
+    return F.cross_entropy(model(batch.inputs), batch.targets)
+
+
+def _draw(random: np.random.Generator, bounds: tuple[int, int]) -> int:
+    return int(random.integers(bounds[0], bounds[1] + 1))
+
+
+def _run(model: ReasoningNet, z: Tensor, x: Tensor, steps: int, drop: float = 0.0) -> Tensor:
+    for _ in range(steps):
+        new = model.step(z, x)
+        if drop:
+            new = torch.where(torch.rand_like(new[:, :1]) < drop, z, new)
+        z = new
+    return z
+
+
+def _unrolled(recipe: Recipe, model: ReasoningNet, batch: Examples, random: np.random.Generator) -> Tensor:
+    x = model.inject(batch.inputs)
+    z = _run(model, model.blank(x), x, _draw(random, recipe.graded), recipe.drop)
+    return F.cross_entropy(model.read(z, x), batch.targets)
+
+
+def _progressive(recipe: Recipe, model: ReasoningNet, batch: Examples, random: np.random.Generator) -> Tensor:
+    """Bansal et al. (2022), algorithm 1."""
+    x = model.inject(batch.inputs)
+    most = recipe.graded[1]
+    loss = torch.zeros(())
+    if recipe.alpha < 1:
+        z = _run(model, model.blank(x), x, most, recipe.drop)
+        loss = (1 - recipe.alpha) * F.cross_entropy(model.read(z, x), batch.targets)
+    if recipe.alpha > 0:
+        free = _draw(random, (0, most - 1))
+        with torch.no_grad():
+            z = _run(model, model.blank(x), x, free, recipe.drop)
+        z = _run(model, z, x, _draw(random, (1, most - free)), recipe.drop)
+        loss = loss + recipe.alpha * F.cross_entropy(model.read(z, x), batch.targets)
+    return loss
+
+
+class _Phantom:
+    """Free steps from noise, zero or kept states, then a few steps with gradient."""
+
+    def __init__(
+        self, recipe: Recipe, model: ReasoningNet, batches: Iterator[Examples], random: np.random.Generator
+    ):
+        self.recipe, self.model, self.batches, self.random = recipe, model, batches, random
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, update: int) -> Tensor:
+        recipe, model = self.recipe, self.model
+        inputs, targets, z = self._start()
+        x = model.inject(inputs)
+        if z is None:
+            z = self._fresh(x)
+        with torch.no_grad():
+            z = _run(model, z, x, _draw(self.random, recipe.free), recipe.drop)
+        penalty = torch.zeros(())
+        if recipe.jacobian and update >= recipe.jacobian_from * recipe.updates:
+            penalty = recipe.jacobian * jacobian_frobenius(model.step, z, x.detach())
+        z = _run(model, z, x, _draw(self.random, recipe.graded), recipe.drop)
+        if recipe.buffer:
+            self.kept.append((inputs, targets, z.detach()))
+        return F.cross_entropy(model.read(z, x), targets) + penalty
+
+    def _fresh(self, x: Tensor) -> Tensor:
+        """Zero, or noise of random scale in some rows."""
+        z = self.model.blank(x)
+        rows = (torch.rand(len(z)) < self.recipe.noise).float() * torch.rand(len(z))
+        return z + torch.randn_like(z) * rows.view(-1, 1, 1, 1)
+
+    def _start(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A new batch, or the one that has been kept the longest with some rows begun anew."""
+        recipe, new = self.recipe, next(self.batches)
+        if len(self.kept) * recipe.batch_size < recipe.buffer or not recipe.buffer:
+            return new.inputs, new.targets, None
+        inputs, targets, z = self.kept.pop(0)
+        again = torch.rand(len(z)) < recipe.fresh
+        rows = again.view(-1, 1, 1, 1)
+        with torch.no_grad():
+            fresh = self._fresh(self.model.inject(new.inputs))
+        inputs = torch.where(rows.view(-1, *[1] * (inputs.dim() - 1)), new.inputs, inputs)
+        targets = torch.where(again.view(-1, *[1] * (targets.dim() - 1)), new.targets, targets)
+        return inputs, targets, torch.where(rows, fresh, z)
