@@ -14,7 +14,19 @@ from rich.table import Table as RichTable
 
 from twnn_plugin.errors import nearest
 
-from . import backward, gpu, solvers  # noqa: F401  (they register themselves)
+from . import (  # noqa: F401  (they register themselves)
+    backward,
+    coverage,
+    gpu,
+    overhead,
+    propagation,
+    reasoning,
+    scaling,
+    sequences,
+    solvers,
+    streaming,
+    wormholes,
+)
 from .harness import REGISTRY, BenchError, Settings, find, run
 from .index import write_index
 

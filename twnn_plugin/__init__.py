@@ -9,9 +9,15 @@ from importlib import import_module
 
 from . import adjoints, backbones, blocks, constraints, gates, observe, plugins, policies, solvers
 from .backbones.attach import attach
+from .backbones.auxiliary import freeze_backbone
+from .backbones.calibrate import calibrate
+from .backbones.closed_head import closed_logits, closed_loss
 from .backbones.manage import configure, report
+from .backbones.manners import export, unrolled
 from .backbones.models import register_wormhole_models
+from .backbones.span import spans
 from .blocks import Report, SpanRecord
+from .blocks.propagation import StabilityReport, smoothness, stability
 from .certificates import (
     Certificate,
     certify,
@@ -39,6 +45,7 @@ from .plugins import register_plugin, unregister_plugin
 from .regularise import jacobian_frobenius, spectral_penalty
 from .solvers import linear as linear_solvers
 from .solvers import torchdeq_bridge
+from .streaming import Stream, StreamReport, stream
 from .types import AdjointReport, Iteration, PolicyView, Solution, Status
 
 __version__ = "0.1.0"
@@ -59,7 +66,10 @@ __all__ = [
     "Report",
     "Solution",
     "SpanRecord",
+    "StabilityReport",
     "Status",
+    "Stream",
+    "StreamReport",
     "Trace",
     "TransformError",
     "UnknownNameError",
@@ -69,12 +79,17 @@ __all__ = [
     "attach",
     "backbones",
     "blocks",
+    "calibrate",
     "certify",
+    "closed_logits",
+    "closed_loss",
     "configure",
     "constraints",
     "contraction_rate",
     "contractive",
+    "export",
     "fix",
+    "freeze_backbone",
     "gate",
     "gates",
     "gradient_error",
@@ -91,11 +106,16 @@ __all__ = [
     "register_plugin",
     "register_wormhole_models",
     "report",
+    "smoothness",
     "solver",
     "solvers",
+    "spans",
     "spectral_penalty",
     "spectral_radius",
+    "stability",
+    "stream",
     "unregister_plugin",
+    "unrolled",
 ]
 
 solver = solvers.registry.make

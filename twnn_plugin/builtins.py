@@ -10,12 +10,16 @@ from .adjoints.phantom import Phantom
 from .adjoints.unrolled import Unrolled
 from .backbones.timm_adapter import TimmBackbone
 from .blocks.fpi import FPI
+from .blocks.propagation import Antisymmetric, Euler, Verlet
 from .blocks.wormhole import Wormhole
 from .gates.constant import AlwaysGate, NeverGate
+from .gates.hard_concrete import HardConcreteGate
 from .gates.sigmoid import SigmoidGate
 from .gates.straight_through import StraightThroughGate
 from .hookspecs import Register, hookimpl
 from .policies.constant import AlwaysPolicy, NeverPolicy
+from .policies.dynalay import DynaLayPolicy
+from .policies.entropy import EntropyPolicy
 from .policies.gate import GatePolicy
 from .policies.random import RandomPolicy
 from .solvers import torchdeq_bridge
@@ -81,6 +85,9 @@ def twnn_register_blocks(register: Register) -> None:
     """Modules usable without timm."""
     register("wormhole", Wormhole)
     register("fpi", FPI)
+    register("euler", Euler)
+    register("antisymmetric", Antisymmetric)
+    register("verlet", Verlet)
 
 
 @hookimpl
@@ -88,6 +95,7 @@ def twnn_register_gates(register: Register) -> None:
     """Learned gates and constant ones."""
     register("straight_through", StraightThroughGate)
     register("sigmoid", SigmoidGate)
+    register("hard_concrete", HardConcreteGate)
     register("always", AlwaysGate)
     register("never", NeverGate)
 
@@ -99,6 +107,8 @@ def twnn_register_policies(register: Register) -> None:
     register("always", AlwaysPolicy)
     register("never", NeverPolicy)
     register("random", RandomPolicy)
+    register("dynalay", DynaLayPolicy)
+    register("entropy", EntropyPolicy)
 
 
 @hookimpl

@@ -19,7 +19,15 @@ import click
 
 from .config import TrainConfig
 from .errors import ConfigError, ZooError
-from .options import config_options, expand_model_kwargs, explicit_values, parse_model_kwargs
+from .options import (
+    TASK_OPTIONS,
+    config_options,
+    expand_model_kwargs,
+    explicit_values,
+    parse_model_kwargs,
+    refuse_task_options,
+    task_options,
+)
 
 __all__ = ["main"]
 
@@ -117,18 +125,39 @@ def list_names(kind: str | None) -> None:
 
 @main.command(cls=WithModelKwargs)
 @config_options
+@task_options(training=True)
 @click.pass_context
 def train(ctx: click.Context, **options: Any) -> None:
     """Train any timm model, ours included.
+
+    Models of generated tasks (twnn_prefix, twnn_maze, ff_prefix, ...) are trained on examples drawn as they
+    are needed, or on the deep-thinking benchmark's files in --data-dir; twnn_pathfinder on generated images.
 
     The run's folder (--output, by default output/MODEL-DATASET) gets args.json, metrics.jsonl,
     TensorBoard events, last.pth.tar and best.pth.tar. With --resume, settings that are not given are
     those of the checkpoint. Several GPUs: torchrun --nproc-per-node N -m zoo.cli train ...
     """
+    from .tasks.catalog import task_of_model
+
+    task = task_of_model(options["model"])
+    if task is not None and task.name != "pathfinder":
+        from .tasks.run import train_from_options
+
+        options["model_kwargs"] = parse_model_kwargs(options["model_kwargs"])
+        click.echo(train_from_options(options, explicit_values(ctx, options), _console()))
+        return
     from .train import train as run
 
+    own = {name: options.pop(name) for name in TASK_OPTIONS if name in options and name != "seed"}
+    data = None
+    if task is None:
+        refuse_task_options(own, options["model"], own)
+    else:
+        from .tasks.run import pathfinder_data
+
+        data = pathfinder_data(own, options, explicit_values(ctx, options))
     config = _train_config(ctx, options)
-    result = run(config, console=_console())
+    result = run(config, data=data, console=_console())
     if int(os.environ.get("RANK", "0")) == 0:
         click.echo(
             f"Trained {config.model} on {config.dataset}: {result.updates} updates in "
@@ -166,8 +195,9 @@ def _run_name(model: str, dataset: str) -> str:
 @click.option("--model", help="Model (default: the checkpoint's).")
 @click.option("--model-kwargs", multiple=True, metavar="NAME=VALUE...", help="Options of the model.")
 @click.option("--pretrained", is_flag=True, help="Published weights of the model.")
-@click.option("--dataset", help="Data set (default: the checkpoint's, else digits).")
+@click.option("--dataset", help="Data set (default: the checkpoint's, else digits; the task of the model).")
 @click.option("--data-dir", help="Folder where the data set is.")
+@task_options(training=False)
 @click.option("--dataset-download", is_flag=True, help="Fetch the data set if it is not there.")
 @click.option("--split", type=click.Choice(("train", "val", "test")), default="test", show_default=True)
 @click.option("--img-size", type=click.IntRange(min=1), help="Height and width of the images, in pixels.")
@@ -186,19 +216,39 @@ def _run_name(model: str, dataset: str) -> str:
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write figures here."
 )
 def evaluate(**options: Any) -> None:
-    """Accuracy, calibration, solver steps, open gates and latency of a model."""
-    from .evalrun import evaluate_from_options
+    """Accuracy, calibration, solver steps, open gates and latency of a model.
 
+    Models of generated tasks (twnn_prefix --bits 512, twnn_maze --maze-size 59, ...): whole answers right,
+    statuses and steps; with the weights that ship unless there is a --checkpoint.
+    """
     json_file: Path | None = options.pop("json_file")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"The folder of --json {json_file} does not exist; make it first.")
     options["model_kwargs"] = parse_model_kwargs(options["model_kwargs"])
-    title, figures = evaluate_from_options(options, _console())
+    title, figures, rows = _evaluate(options)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    from .evalrun import figure_rows
+    _print_table(title, ("figure", "value"), rows)
 
-    _print_table(title, ("figure", "value"), figure_rows(figures))
+
+def _evaluate(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sequence[Sequence[str]]]:
+    """Title, figures and rows of a table, by the kind of model."""
+    from .evalrun import evaluate_from_options, figure_rows
+    from .tasks.catalog import task_of_model
+
+    name, checkpoint = options["model"], options["checkpoint"]
+    if name is None and checkpoint is not None:
+        from .checkpoint import read_weights
+
+        name = (read_weights(Path(checkpoint))[1] or {}).get("model")
+    if name is not None and task_of_model(name) is not None:
+        from .tasks.run import evaluate_task, score_rows
+
+        title, figures = evaluate_task({**options, "model": name}, _console())
+        return title, figures, score_rows(figures)
+    refuse_task_options(options, name, TASK_OPTIONS)
+    title, figures = evaluate_from_options(options, _console())
+    return title, figures, figure_rows(figures)
 
 
 def _console() -> Any:

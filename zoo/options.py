@@ -14,7 +14,18 @@ from click.core import ParameterSource
 from .config import TrainConfig
 from .errors import ConfigError
 
-__all__ = ["config_options", "expand_model_kwargs", "explicit_values", "parse_model_kwargs"]
+__all__ = [
+    "TASK_OPTIONS",
+    "config_options",
+    "expand_model_kwargs",
+    "explicit_values",
+    "parse_model_kwargs",
+    "refuse_task_options",
+    "task_options",
+]
+
+TASK_OPTIONS = ("bits", "maze_size", "contour_length", "updates", "method", "samples", "seed")
+"""Options of ``train`` and ``eval`` that belong to generated tasks (``--seed`` in ``eval`` alone)."""
 
 
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +34,52 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for item in reversed(fields(TrainConfig)):  # decorators apply from the last to the first
         command = _option(item, hints[item.name])(command)
     return command
+
+
+def task_options(training: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a command with the options of generated tasks.
+
+    Args:
+        training: those of ``twnn train``, otherwise those of ``twnn eval``.
+    """
+    size = [
+        ("--bits", 1, "twnn_prefix and its like: length of the strings (default: 32)."),
+        ("--maze-size", 3, "twnn_maze and its like: units along a side, walls included (default: 9)."),
+        ("--contour-length", 2, "twnn_pathfinder and its like: dashes in a contour (default: 14)."),
+    ]
+    options = [click.option(flag, type=click.IntRange(min=least), help=help) for flag, least, help in size]
+    if training:
+        methods = click.Choice(("phantom", "unrolled", "progressive", "implicit", "plain"))
+        options += [
+            click.option(
+                "--updates", type=click.IntRange(min=1), help="Generated tasks: updates of the weights."
+            ),
+            click.option("--method", type=methods, help="Generated tasks: how gradients are made."),
+        ]
+    else:
+        options += [
+            click.option(
+                "--samples", type=click.IntRange(min=1), help="Generated tasks: how many (default: 1000)."
+            ),
+            click.option("--seed", type=click.IntRange(min=0), help="Generated tasks: seed of the examples."),
+        ]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def refuse_task_options(options: Mapping[str, Any], model: str | None, names: Iterable[str]) -> None:
+    """``ConfigError`` if an option of generated tasks was given for a model of images and classes."""
+    for name in names:
+        if options.get(name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for models of tasks like twnn_prefix and twnn_maze; "
+                f"the model is {model}."
+            )
 
 
 def _option(item: Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

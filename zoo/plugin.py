@@ -6,7 +6,20 @@ from twnn_plugin import register_wormhole_models
 
 __all__ = ["register_models"]
 
-BACKBONES = ("cnn3", "resnet8_cifar", "resnet20_cifar", "resnet38_cifar")
+BACKBONES = (
+    "cnn3",
+    "resnet6_tiny",
+    "resnet8_tiny",
+    "resnet8_cifar",
+    "resnet20_cifar",
+    "resnet38_cifar",
+    "euler_20",
+    "euler_50",
+    "antisymmetric_20",
+    "antisymmetric_50",
+    "hamiltonian_20",
+    "hamiltonian_50",
+)
 """The zoo's models that also come with wormholes, as ``twnn_<name>``."""
 
 

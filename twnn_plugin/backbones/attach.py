@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import gates, policies
-from ..blocks import Feedback, SolveSettings
+from ..blocks import Aids, Feedback, SolveSettings
+from ..blocks.prices import set_prices
 from ..blocks.wormhole import gate_factory
 from ..errors import AttachError, OptionError, UnknownNameError
 from ..gates import Gate
 from ..policies import Policy
+from ..trees import leaves
 from . import registry
+from .arrange import Arrangement, arrange
+from .auxiliary import add_auxiliary_loss
 from .base import Backbone
-from .checks import check_span
-from .span import AttachedSpan
-from .spec import SpanSpec, parse
-from .trace import CallRecord, candidates, evaluating, trace
-from .wiring import wire
+from .closed_head import add_closed_head, check_closed_head
+from .listed import ListedBackbone
+from .manners import adopt, last_alone, without_checkpointing
+from .rerun import Rerun
+from .rerun_group import RerunGroup
+from .span import AttachedSpan, ReplayedGroup, spans
+from .spec import SpanSpec, listed
+from .survey import run
+from .trace import evaluating
 
 __all__ = ["CHILD", "OPTIONS", "attach", "spans"]
 
@@ -28,46 +36,71 @@ Model = TypeVar("Model", bound=nn.Module)
 CHILD = "wormholes"
 """Name of the child module that holds the wormholes' parameters."""
 
-OPTIONS = ("wormholes", "gate", "budget", "policy", "scale", *SolveSettings.names())
+OPTIONS = (
+    *("wormholes", "gate", "budget", "policy", "scale", "closed_head", "closed_weight", "fallback"),
+    *SolveSettings.names(),
+    *Aids.names(),
+)
 """Options of :func:`attach`, and of every ``twnn_`` model besides its backbone's own."""
-
-_BATCHES = (2, 3)  # two sizes tell what depends on the batch
 
 
 def attach(
     model: Model,
     wormholes: str | Sequence[str] = "auto",
     gate: str | tuple[str, dict[str, Any]] | Gate = "straight_through",
-    budget: float | None = None,
+    budget: float | str | None = None,
     policy: str | Policy = "gate",
     scale: float = 0.1,
+    closed_head: bool | str = False,
+    closed_weight: float = 0.5,
+    fallback: bool = True,
+    stages: Sequence[str | nn.Module] | None = None,
+    example: Any = None,
     **settings: Any,
 ) -> Model:
     """Attach wormholes to a model, in place. They are closed until training (or you) open them.
 
-    The model is traced and each span is checked: that its modules can be replayed on other inputs, and
-    that nothing inside it is used elsewhere. Hooks do the rest; no module moves, the backbone's
-    keys in the state dict stay, its plain checkpoints still load.
+    The model is traced, on the meta device where it runs there, and each span is proved on the model: that
+    its modules can be replayed on other inputs, sample by sample, and that nothing inside it is used
+    elsewhere. Hooks do the rest; no module moves, the backbone's keys in the state dict stay, its plain
+    checkpoints still load. A model on the meta device has no values; of it the dataflow alone is looked at.
 
     Args:
         model: a model that a registered backbone adapter knows, such as any timm model with
             ``feature_info``.
-        wormholes: ``"source->target"``, a list of them, or ``"auto"``. Both ends are stages (or
-            modules), by path or by stage index; the connection goes from the source's output back to
-            the target's input, and everything in between is iterated. ``"layer3->layer3"`` is a self-loop.
+        wormholes: ``"source->target"``, a list of them, or ``"auto"``. Both ends are stages (or modules), by
+            path, by stage index (``"-1->2"``) or by reduction (``"/32->/16"``: as a source the last stage
+            with it, as a target the first); the connection goes from the source's output back to the target's
+            input, and everything in between is iterated. ``"layer3->layer3"`` is a self-loop. Wormholes whose
+            spans overlap are solved as one equation. ``"auto"``: the last two stages of a pyramid, the last
+            third of an isotropic network, or the nearest span to it that can be replayed.
         gate: registered name, or ``(name, options)``.
-        budget: wanted share of open samples, for learned gates.
+        budget: for learned gates, the wanted share of open samples, such as 0.3, the wanted mean
+            multiply-adds relative to the plain network, such as ``"1.2x"`` (all wormholes together), or the
+            wanted mean replays a sample of each wormhole, such as ``"2 rows"``.
         policy: registered name or instance: who is iterated.
         scale: initial scale of the message.
+        closed_head: whether samples that are not iterated are answered by a classifier of their own, which
+            starts as a copy; a path names the classifier of a model that has no ``get_classifier``. See
+            :func:`twnn_plugin.closed_loss`.
+        closed_weight: of the closed logits' loss.
+        fallback: whether a span that cannot be replayed module by module, because the model computes
+            something in between, may be evaluated by running the model's forward again, which is right but
+            slower. ``twnn_plugin.spans(model)`` says which mode each span is in. False: it is refused.
+        stages: for any module: its stages from the input to the output, by path or as modules. None: those
+            that the adapter of its library knows.
+        example: an input of the model, (B, ...): a tensor, a tuple of arguments or a dict of keyword
+            arguments, all tensors in it with a row for each sample. None: the adapter knows one.
         **settings: ``solver``, ``adjoint``, ``tol``, ``max_iter``, ``stop``, ``norm``, as in
-            :func:`twnn_plugin.fix`; by default tol=1e-3 and max_iter=30.
+            :func:`twnn_plugin.fix`, by default tol=1e-3 and max_iter=30; and ``contraction``, ``opening`` and
+            ``jacobian``, which help training, see :class:`~twnn_plugin.blocks.Aids`.
 
     Returns:
         The model itself.
 
     Raises:
-        AttachError: no adapter knows the model, it has wormholes already, the span goes forward, overlaps
-            another, or cannot be iterated; the message has the reason.
+        AttachError: no adapter knows the model, it has wormholes already, a span goes forward, is named
+            twice, or cannot be iterated; the message has the reason and the nearest span that works.
         UnknownNameError: an unknown stage, gate, policy, solver or adjoint, with the nearest name.
         OptionError: an unknown option or an impossible value.
 
@@ -75,6 +108,7 @@ def attach(
         >>> import timm, twnn_plugin as tw
         >>> model = tw.attach(timm.create_model("resnet18"), wormholes="layer4->layer3")
     """
+    aids, settings = Aids.split(settings)
     solve_settings = SolveSettings().changed(**settings)
     make_gate = gate_factory(_budgeted(gate, budget))
     chosen = policies.registry.resolve(policy)
@@ -83,61 +117,82 @@ def attach(
             f"This {type(model).__name__} has wormholes already. List them all in one call of attach; change "
             "their settings with tw.configure."
         )
-    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-        refuse_checkpointing()
-    backbone = find_backbone(model)
-    stages = backbone.stages(model)
-    with evaluating(model):
-        examples = [backbone.example(model, batch) for batch in _BATCHES]
-        nodes = candidates(model, [stage.name for stage in stages])
-        calls, result = trace(model, nodes, examples[0])
-        other, _ = trace(model, nodes, examples[1])
-        specs = parse(wormholes, stages, list(dict.fromkeys(call.path for call in calls)))
-        found = [_span_calls(spec, calls, other) for spec in specs]
-        _refuse_overlap(specs, [mine for mine, _ in found])
-        parts = []
-        for spec, (mine, twins) in zip(specs, found, strict=True):
-            wiring = wire(mine, twins, _BATCHES)
-            check_span(str(spec), model, examples[0], wiring, mine, result)
-            feedback = _feedback(
-                spec, mine, make_gate, chosen, solve_settings, backbone.channels_last(model), scale
+    backbone = _backbone(model, stages, example)
+    layout, gathers = backbone.channels_last(model), backbone.gathers(model)
+    if gathers:  # timm's features_only
+        wormholes, fallback = _renamed(backbone, model, wormholes), False
+    with without_checkpointing(model) as checkpoint, evaluating(model), last_alone(model, gathers):
+        found = arrange(model, backbone, wormholes, fallback)
+        first = found.survey.examples[0]
+        feedbacks = [
+            _feedback(
+                spec, found.example(i), first, model, make_gate, chosen, solve_settings, layout, scale, aids
             )
-            parts.append((feedback, wiring))
+            for i, spec in enumerate(found.specs)
+        ]
+        if closed_head:
+            if any(isinstance(g.program, Rerun) or g.program.rest for g in found.groups):
+                raise AttachError(
+                    "A closed head goes with spans that are replayed and give one tensor to the rest of the "
+                    "model. Choose another span, or leave closed_head out."
+                )
+            for group in found.groups:
+                end = group.program.modules()[-1]
+                check_closed_head(model, closed_head, closed_weight, first, run(model, first), end)
     # Hooks go in only now that every span has passed: a refusal leaves the model as it was.
-    holder = _Holder(AttachedSpan(feedback, wiring) for feedback, wiring in parts)
+    holder = _Holder(_spans(found, feedbacks))
     model.add_module(CHILD, holder.train(model.training))
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing = refuse_checkpointing  # pyright: ignore[reportArgumentType]
+    if closed_head:
+        add_closed_head(model, feedbacks, closed_head, closed_weight)
+    add_auxiliary_loss(model, feedbacks)
+    set_prices(model, feedbacks, lambda: run(model, first))
+    adopt(model, CHILD, [stage.name for stage in backbone.stages(model)], checkpoint, gathers)
     return model
 
 
-def refuse_checkpointing(enable: bool = True) -> None:
-    """In place of ``set_grad_checkpointing`` of a model with wormholes."""
-    if enable:
-        raise AttachError(
-            "Gradient checkpointing and wormholes cannot be combined: recomputing a span would solve "
-            "it again. Leave it off; the implicit adjoint keeps one evaluation of the span, however long it "
-            "iterates."
-        )
+def _renamed(backbone: Backbone, model: nn.Module, wormholes: str | Sequence[str]) -> list[str]:
+    """The specs with the paths that their ends have in a rebuilt model."""
+    specs = [[end.strip() for end in spec.split("->")] for spec in listed(wormholes)]
+    return ["->".join(backbone.path(model, end) for end in ends) for ends in specs]
+
+
+def _backbone(model: nn.Module, stages: Sequence[Any] | None, example: Any) -> Backbone:
+    if stages is None and example is None:
+        return find_backbone(model)
+    return ListedBackbone(model, stages, example, known_backbone(model))
+
+
+def _spans(found: Arrangement, feedbacks: Sequence[Feedback]) -> list[AttachedSpan]:
+    spans: dict[int, AttachedSpan] = {}
+    for group in found.groups:
+        parts = [feedbacks[i] for i in group.members]
+        program = group.program
+        made = RerunGroup(parts, program) if isinstance(program, Rerun) else ReplayedGroup(parts, program)
+        spans.update({i: AttachedSpan(feedbacks[i], made) for i in group.members})
+    return [spans[i] for i in range(len(feedbacks))]
 
 
 def _feedback(
     spec: SpanSpec,
-    calls: Sequence[CallRecord],
+    shapes: tuple[Tensor, Tensor],
+    example: Any,
+    model: nn.Module,
     gate: Any,
     policy: Policy,
     settings: SolveSettings,
     channels_last: bool,
     scale: float,
+    aids: Aids,
 ) -> Feedback:
-    entry, out = calls[0].inputs()[0], calls[-1].output
     try:
-        feedback = Feedback(str(spec), entry, out, gate, policy, settings, channels_last, scale)
+        feedback = Feedback(str(spec), *shapes, gate, policy, settings, channels_last, scale, aids)
     except (OptionError, UnknownNameError):
         raise
     except ValueError as error:
         raise AttachError(f"Wormhole {str(spec)!r} cannot be built: {error}") from error
-    return feedback.to(entry.device, entry.dtype)
+    tensors = (*model.parameters(), *model.buffers(), *leaves(example))
+    like = next(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
+    return feedback.to(like.device, like.dtype)
 
 
 class _Holder(nn.ModuleList):
@@ -147,62 +202,33 @@ class _Holder(nn.ModuleList):
         return value
 
 
-def spans(model: nn.Module) -> list[AttachedSpan]:
-    """The attached spans of a model, in the order they were named."""
-    return [module for module in model.modules() if isinstance(module, AttachedSpan)]
-
-
 def find_backbone(model: nn.Module) -> Backbone:
     """The registered adapter that knows a model."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"attach takes an nn.Module; got a {type(model).__name__}.")
-    for name in registry.names():
-        adapter = registry.make(name)
-        if adapter.claims(model):
-            return adapter
+    known = known_backbone(model)
+    if known is not None:
+        return known
     raise AttachError(
-        f"No backbone adapter knows {type(model).__name__}. "
-        f"There are {', '.join(registry.names())}. Register one of your own (docs/plugins.md), or wrap "
-        "a module directly with tw.blocks.get('wormhole')."
+        f"No backbone adapter knows {type(model).__name__}; there are {', '.join(registry.names())}. Name "
+        "its stages, from the input to the output, and give an input: tw.attach(model, stages=['encoder.0', "
+        "'encoder.1'], example=x). Or register an adapter of your own (docs/plugins.md), or wrap a module "
+        "directly with tw.blocks.get('wormhole')."
     )
 
 
-def _budgeted(gate: Any, budget: float | None) -> Any:
+def known_backbone(model: nn.Module) -> Backbone | None:
+    """The first registered adapter that knows a model, in the order of their names."""
+    made = (registry.make(name) for name in registry.names())
+    return next((adapter for adapter in made if adapter.claims(model)), None)
+
+
+def _budgeted(gate: Any, budget: float | str | None) -> Any:
     if budget is None:
         return gate
     if isinstance(gate, Gate):
         raise OptionError("budget goes with a gate given by name; set gate.budget on the instance instead.")
     name, options = (gate, {}) if isinstance(gate, str) else gate
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1:
-        raise OptionError(f"budget is the wanted share of open samples, in (0, 1); got {budget!r}.")
+    gates.Budget.parse(budget)
     gates.registry.entry(name)
-    return name, {**options, "budget": float(budget)}
-
-
-def _span_calls(
-    spec: SpanSpec, calls: Sequence[CallRecord], other: Sequence[CallRecord]
-) -> tuple[list[CallRecord], list[CallRecord]]:
-    def inside(end: str, path: str) -> bool:
-        return path == end or path.startswith(end + ".")
-
-    begins = [i for i, call in enumerate(calls) if inside(spec.target, call.path)]
-    ends = [i for i, call in enumerate(calls) if inside(spec.source, call.path)]
-    if not begins or not ends:
-        missing = spec.target if not begins else spec.source
-        raise UnknownNameError(f"Stage {missing!r} is never called by the model's forward.")
-    part = slice(begins[0], ends[-1] + 1)
-    if len(other) != len(calls):
-        raise AttachError("The model calls other modules for another batch size; it cannot be replayed.")
-    return list(calls[part]), list(other[part])
-
-
-def _refuse_overlap(specs: Sequence[SpanSpec], found: Sequence[Sequence[CallRecord]]) -> None:
-    owners: dict[int, SpanSpec] = {}
-    for spec, calls in zip(specs, found, strict=True):
-        for call in calls:
-            taken = owners.setdefault(id(call), spec)
-            if taken is not spec:
-                raise AttachError(
-                    f"Wormholes {str(taken)!r} and {str(spec)!r} share {call.path!r}. Nested and overlapping "
-                    "spans are not supported; choose spans that follow each other."
-                )
+    return name, {**options, "budget": budget}

@@ -1,118 +1,217 @@
-"""Proof, when a wormhole is attached, that its span can be replayed: three runs of the model."""
+"""Proof, when wormholes are attached, that their map is what the model computes: a few runs of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AttachError
-from ..trees import rebuild
-from .trace import CallRecord
-from .wiring import Wiring
+from ..trees import leaves, rebuild
+from .flow import leaf_at, with_leaf
+from .plan import Refusal
+from .survey import Survey, run
+from .wiring import Arguments, Wiring, snapshot
 
-__all__ = ["check_span"]
+__all__ = ["Perturbation", "check_rows", "check_wiring", "perturbed", "same"]
 
 
-def check_span(
-    name: str, model: nn.Module, example: Tensor, wiring: Wiring, calls: Sequence[CallRecord], result: Any
-) -> None:
-    """Refuse a span whose replay is not what the model computes.
+class _Enough(Exception):
+    """Ends a pass whose rest is not needed."""
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What a check adds at the targets, and what the model makes of it.
+
+    Attributes:
+        entry: (B, ...) the unchanged input of the group's first call.
+        signals: for each wormhole, like the first input of its target.
+        states: for each, its source's output in the changed pass.
+        result: what the model returned in the changed pass; None if it was ended before.
+    """
+
+    entry: Tensor
+    signals: tuple[Tensor, ...]
+    states: tuple[Tensor, ...]
+    result: Any
+
+
+def check_wiring(model: nn.Module, seen: Survey, wiring: Wiring) -> None:
+    """Refuse calls whose replay is not what the model computes.
 
     Args:
-        name: of the span, for messages.
         model: the model, in eval mode.
-        example: the input that ``calls`` and ``result`` were recorded with.
-        wiring: the span's wiring.
-        calls: the span's calls.
-        result: what the model returned.
+        seen: its survey.
+        wiring: the calls.
 
     Raises:
-        AttachError: (a) the replay differs from the recorded output or destroys its input, (b) it
-            reacts to a change of the span's input other than the model does, or (c) something inside the
-            span is used outside.
+        Refusal: (a) the replay reacts to a change of the targets' inputs other than the model does, (b) a row
+            of it depends on the others, or (c) something inside the span is used outside.
     """
-    seen = [(call.args, call.kwargs) for call in calls]
-    rows = wiring.constants(seen)
-    entry, out = calls[0].inputs()[0], calls[-1].output
-    if not isinstance(out, Tensor):
-        raise AttachError(f"Span {name!r} does not end in one tensor but in a {type(out).__name__}.")
-    again = wiring.replay(entry, seen, rows)
-    if not torch.equal(again, out):
-        raise AttachError(f"Span {name!r} cannot be replayed: its output differs from the model's own pass.")
-    # Down, so that an activation that works in place shows: it cuts the new negatives off.
-    shifted = entry - 0.5 * entry.abs().mean()
-    given = shifted.clone()
-    answer = wiring.replay(given, seen, rows)
-    if not torch.equal(given, shifted):
-        raise AttachError(
-            f"Span {name!r} cannot be iterated: {calls[0].path!r} changes its input in place, which is then "
-            "lost. Begin the span at the module after it."
+    given: list[Arguments] = []
+    outputs: list[Any] = []
+    with ExitStack() as stack:
+        for node in wiring.nodes:
+            module = node.module[0]
+            hook = module.register_forward_pre_hook(
+                lambda module, args, kwargs: given.append(snapshot(args, kwargs)), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        end = (
+            wiring.nodes[-1].module[0].register_forward_hook(lambda m, args, out: outputs.append(_copy(out)))
         )
-    if not torch.equal(answer, _perturbed(model, example, calls, shifted)):
-        raise AttachError(
-            f"Span {name!r} cannot be iterated: the model computes something between its modules that a "
-            "replay does not follow (it answered a changed input differently)."
+        stack.callback(end.remove)
+        result = run(model, seen.examples[0])
+        seen_here, out = given[: len(wiring.nodes)], outputs[0]
+        changed = _changed(model, seen, wiring)
+        shared, rows = wiring.template(seen_here), wiring.constants(seen_here)
+        # With the hooks still on, as they will be: some of torch's own modules compute otherwise without.
+        states, _ = wiring.replay(changed.entry, changed.signals, shared, rows)
+    if not all(same(a, b) for a, b in zip(states, changed.states, strict=True)):
+        raise Refusal(
+            "the model answers a change of its input otherwise than its modules do, one after another."
         )
-    if not _same(_poisoned(model, example, calls, out), result):
-        raise AttachError(
-            f"Span {name!r} cannot be iterated: the model uses activations from inside it elsewhere, and "
-            "they would stay those of the open-loop pass."
+    check_rows(lambda e, s, r: wiring.replay(e, s, shared, r)[0], changed, rows, seen.flow.batch)
+    if not same(_poisoned(model, seen, wiring, out), result):
+        raise Refusal(
+            "the model uses activations from inside it elsewhere, which would stay open-loop ones.",
+            leaks=True,
         )
 
 
-def _perturbed(model: nn.Module, example: Tensor, calls: Sequence[CallRecord], value: Tensor) -> Any:
-    """The output of the span in the model's own pass with the span's input replaced."""
-    caught: list[Any] = []
-    once = [True]
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not once:
-            return None
-        once.clear()
-        replaced = iter([value])
-        return rebuild((args, kwargs), lambda leaf: next(replaced, leaf))
-
-    handles = [
-        calls[0].module.register_forward_pre_hook(enter, with_kwargs=True),
-        calls[-1].module.register_forward_hook(lambda module, args, output: caught.append(output)),
+def _changed(model: nn.Module, seen: Survey, wiring: Wiring) -> Perturbation:
+    """The model's own pass with something added at each target of the wiring."""
+    targets = [next(i for i, n in enumerate(wiring.nodes) if w in n.messages) for w in range(wiring.states)]
+    sources = [
+        next((i, leaf) for i, n in enumerate(wiring.nodes) for v, leaf in n.states if v == w)
+        for w in range(wiring.states)
     ]
-    _run(model, example, handles)
-    return caught[-1]
+    inputs = [(target, wiring.nodes[target].entry) for target in targets]
+    modules = [node.module[0] for node in wiring.nodes]
+    return perturbed(lambda: run(model, seen.examples[0]), modules, inputs, sources, whole=False)
 
 
-def _poisoned(model: nn.Module, example: Tensor, calls: Sequence[CallRecord], out: Tensor) -> Any:
+def perturbed(
+    go: Callable[[], Any],
+    modules: Sequence[nn.Module],
+    targets: Sequence[tuple[int, int]],
+    sources: Sequence[tuple[int, int]],
+    whole: bool,
+) -> Perturbation:
+    """The model's own pass with something added at the targets.
+
+    Args:
+        go: makes the pass.
+        modules: the modules of the group, in the order of their calls, each called once.
+        targets: for each wormhole, (which module, which leaf of its arguments) the message enters.
+        sources: for each, (which module, which leaf of its output) the state is.
+        whole: whether the pass is made to its end.
+    """
+    generator = torch.Generator().manual_seed(0)
+    entries: list[Tensor] = []
+    signals: list[Any] = [None] * len(targets)
+    states: list[Any] = [None] * len(sources)
+
+    def enter(index: int, place: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            value = leaf_at((args, kwargs), place)
+            if index == 0:
+                entries.append(value.clone())
+            for wormhole in (w for w, target in enumerate(targets) if target == (index, place)):
+                noise = torch.randn(value.shape, generator=generator).to(value)
+                # Mostly down, so that an activation that works in place shows: it cuts the new negatives off.
+                signals[wormhole] = (0.5 * noise - 0.5) * value.abs().mean()
+                value = value + signals[wormhole]
+            return with_leaf((args, kwargs), place, value)
+
+        return hook
+
+    def leave(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found = list(leaves(output))
+            for wormhole, (source, leaf) in enumerate(sources):
+                if source == index:
+                    states[wormhole] = found[leaf].clone()
+            if index == len(modules) - 1 and not whole:
+                raise _Enough
+
+        return hook
+
+    result = None
+    with ExitStack() as stack:
+        for index, place in dict.fromkeys(targets):
+            hook = modules[index].register_forward_pre_hook(enter(index, place), with_kwargs=True)
+            stack.callback(hook.remove)
+        for index in {len(modules) - 1, *(source for source, _ in sources)}:
+            stack.callback(modules[index].register_forward_hook(leave(index)).remove)
+        with suppress(_Enough):
+            result = go()
+    return Perturbation(entries[0], tuple(signals), tuple(states), result)
+
+
+def check_rows(
+    replay: Callable[..., Sequence[Tensor]], changed: Perturbation, rows: Sequence[Tensor], batch: int
+) -> None:
+    """Refuse a map of which one sample alone gives something else than among others.
+
+    Args:
+        replay: of (entry, signals, row-wise constants).
+        changed: what to give it.
+        rows: the row-wise constants.
+        batch: how many samples there are.
+
+    Raises:
+        Refusal: samples depend on one another.
+    """
+    last = slice(batch - 1, batch)
+    try:
+        alone = replay(changed.entry[last], [s[last] for s in changed.signals], [r[last] for r in rows])
+    except RuntimeError as error:
+        raise Refusal(
+            f"it cannot be replayed for one sample: {str(error).strip().splitlines()[0]}"
+        ) from error
+    for state, whole in zip(alone, changed.states, strict=True):
+        expected = whole[last]
+        if not torch.isfinite(expected).all():
+            continue  # weights of this size tell nothing
+        tolerance = 20 * torch.finfo(expected.dtype).eps ** 0.5 * float(expected.norm())
+        if state.shape != expected.shape or not float((state - expected).norm()) <= tolerance:
+            raise Refusal("a sample comes out otherwise alone than among others, so that rows cannot leave.")
+
+
+def _poisoned(model: nn.Module, seen: Survey, wiring: Wiring, out: Any) -> Any:
     """What the model returns when everything inside the span is NaN and its output is restored."""
-    last = calls[-1].module
+    modules = wiring.modules()
 
     def poison(module: nn.Module, args: Any, output: Any) -> Any:
-        if module is last:
+        if module is modules[-1]:
             return out
         return rebuild(output, lambda v: torch.full_like(v, float("nan")) if _floating(v) else v)
 
-    modules = dict.fromkeys(call.module for call in calls)
-    return _run(model, example, [module.register_forward_hook(poison) for module in modules])
-
-
-def _run(model: nn.Module, example: Tensor, handles: Sequence[Any]) -> Any:
-    try:
-        return model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(poison).remove)
+        return run(model, seen.examples[0])
 
 
 def _floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _same(a: Any, b: Any) -> bool:
+def _copy(output: Any) -> Any:
+    return rebuild(output, lambda v: v.clone() if isinstance(v, Tensor) else v)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested results are equal to the bit, NaN where NaN is."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return a is b or bool(a == b)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
 from .. import policies
-from ..blocks import Feedback, Report, SolveSettings
+from ..blocks import Aids, Feedback, Report, SolveSettings
 from ..blocks.wormhole import Wormhole
 from ..errors import AttachError, OptionError, UnknownNameError, nearest
-from ..gates import LearnedGate
+from ..gates import Budget, LearnedGate
+from ..sequence import TemporalSpan
+from .calibrate import renew_prices
+from .closed_head import ClosedHead, check_weight
 from .span import AttachedSpan
 
 __all__ = ["configure", "report"]
@@ -19,10 +23,11 @@ __all__ = ["configure", "report"]
 Model = TypeVar("Model", bound=nn.Module)
 
 _GATE_OPTIONS = ("budget", "temperature", "threshold")
+_AIDS = ("jacobian", "opening")  # the contraction is built in
 
 
-def _holders(model: nn.Module) -> list[AttachedSpan | Wormhole]:
-    found = [m for m in model.modules() if isinstance(m, (AttachedSpan, Wormhole))]
+def _holders(model: nn.Module) -> list[AttachedSpan | Wormhole | TemporalSpan]:
+    found = [m for m in model.modules() if isinstance(m, (AttachedSpan, Wormhole, TemporalSpan))]
     if not found:
         raise AttachError(
             f"This {type(model).__name__} has no wormholes. Create it as 'twnn_<name>', or attach some with "
@@ -52,8 +57,11 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
         model: a model with wormholes.
         spans: names of the spans to change, such as ``"layer4->layer3"``; None: all of them.
         **options: ``solver``, ``adjoint``, ``tol``, ``max_iter``, ``stop``, ``norm`` as in
-            :func:`twnn_plugin.fix`; ``policy``; and for learned gates ``budget`` (it acts as training
-            goes on), ``temperature`` and ``threshold`` (a score; higher closes more).
+            :func:`twnn_plugin.fix`; ``policy``; for learned gates ``budget`` (it acts as training
+            goes on, or through :func:`twnn_plugin.calibrate`), ``temperature`` and ``threshold`` (a score;
+            higher closes more); ``jacobian`` and ``opening``, see :class:`~twnn_plugin.blocks.Aids`; and
+            ``closed_weight``. Wormholes that are solved together share the solve's settings and
+            ``jacobian``: naming one of them changes all.
 
     Returns:
         The model itself. If any option is refused, nothing has changed.
@@ -63,7 +71,7 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
         UnknownNameError: an unknown name, with the nearest one.
         OptionError: an unknown option or an impossible value.
     """
-    parts = [holder.feedback for holder in _holders(model)]
+    parts: list[Feedback | TemporalSpan] = [holder.feedback for holder in _holders(model)]
     if spans is not None:
         wanted = [spans] if isinstance(spans, str) else list(spans)
         known = [part.span for part in parts]
@@ -73,7 +81,7 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
                     f"Unknown span {name!r}.{nearest(name, known)} Spans: {', '.join(known)}."
                 )
         parts = [part for part in parts if part.span in wanted]
-    known = [*SolveSettings.names(), "policy", *_GATE_OPTIONS]
+    known = [*SolveSettings.names(), "policy", *_GATE_OPTIONS, *_AIDS, "closed_weight"]
     for name in options:
         if name not in known:
             raise OptionError(
@@ -81,17 +89,61 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
             )
     gate_options = {name: options.pop(name) for name in _GATE_OPTIONS if name in options}
     policy = policies.registry.resolve(options.pop("policy")) if "policy" in options else None
-    changed = [part.settings.changed(**options) for part in parts]
+    aids = {name: options.pop(name) for name in _AIDS if name in options}
+    head = _closed_head(model, options)
+    weight = options.pop("closed_weight", None)
+    solved = _with_groups(model, parts)
+    changed = [part.settings.changed(**options) for part in solved]
+    helped = _changed_aids(solved if "jacobian" in aids else parts, aids)
     _check_gates(parts, gate_options)
-    for part, settings in zip(parts, changed, strict=True):
+    for part, settings in zip(solved, changed, strict=True):
         part.settings = settings
+    for part in parts:
         if policy is not None:
             part.policy = policy
         _set_gate(part, gate_options)
+    for part, changed_aids in helped:
+        part.aids = changed_aids
+    if head is not None:
+        head.weight = float(weight)
+    if "budget" in gate_options:
+        renew_prices(model)
     return model
 
 
-def _check_gates(parts: Sequence[Feedback], options: dict[str, Any]) -> None:
+def _with_groups(model: nn.Module, parts: Sequence[Feedback | TemporalSpan]) -> list[Feedback | TemporalSpan]:
+    """Wormholes and all others that are solved together with one of them."""
+    found = {id(part): part for part in parts}
+    for span in (m for m in model.modules() if isinstance(m, AttachedSpan)):
+        if id(span.feedback) in found:
+            found.update({id(part): part for part in span.group.parts})
+    return list(found.values())
+
+
+def _changed_aids(
+    parts: Sequence[Feedback | TemporalSpan], options: dict[str, Any]
+) -> list[tuple[Feedback, Aids]]:
+    """Each wormhole's training aids with some options changed."""
+    if not options:
+        return []
+    for part in parts:
+        if not isinstance(part, Feedback):
+            raise OptionError(f"Span {part.span!r} has no {', '.join(options)}.")
+    return [(part, part.aids.changed(**options)) for part in parts if isinstance(part, Feedback)]
+
+
+def _closed_head(model: nn.Module, options: dict[str, Any]) -> ClosedHead | None:
+    """The closed head, if its weight is to be changed."""
+    if "closed_weight" not in options:
+        return None
+    check_weight(options["closed_weight"])
+    head = next((m for m in model.modules() if isinstance(m, ClosedHead)), None)
+    if head is None:
+        raise OptionError("This model has no closed head to weigh: attach with closed_head=True.")
+    return head
+
+
+def _check_gates(parts: Sequence[Feedback | TemporalSpan], options: dict[str, Any]) -> None:
     for part in parts:
         if options and not isinstance(part.gate, LearnedGate):
             raise OptionError(
@@ -99,19 +151,17 @@ def _check_gates(parts: Sequence[Feedback], options: dict[str, Any]) -> None:
                 "only learned gates have."
             )
     for name, value in options.items():
-        if name == "budget" and value is None:
+        if name == "budget":
+            if value is not None:
+                Budget.parse(value)
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise OptionError(f"{name} must be a number; got {value!r}.")
-        if name == "budget" and not 0 < value < 1:
-            raise OptionError(
-                f"budget is the wanted share of open samples, in (0, 1), or None; got {value!r}."
-            )
         if name == "temperature" and not value > 0:
             raise OptionError(f"temperature must be positive; got {value!r}.")
 
 
-def _set_gate(part: Feedback, options: dict[str, Any]) -> None:
+def _set_gate(part: Feedback | TemporalSpan, options: dict[str, Any]) -> None:
     gate = part.gate
     if not isinstance(gate, LearnedGate):
         return

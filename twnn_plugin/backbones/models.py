@@ -10,10 +10,11 @@ from torch import nn
 
 from ..errors import AttachError, nearest
 from . import timm_adapter
-from .attach import OPTIONS, attach
+from .attach import CHILD, OPTIONS, attach
 
 __all__ = ["default_cfgs", "register_wormhole_models"]
 
+_PUBLIC = len(__all__)
 PREFIX = "twnn_"
 
 default_cfgs: dict[str, Any] = {}
@@ -21,44 +22,87 @@ default_cfgs: dict[str, Any] = {}
 
 
 def register_wormhole_models(architectures: Iterable[str] | None = None) -> list[str]:
-    """Register ``twnn_<name>`` for registered timm architectures; by default for all known families.
+    """Register ``twnn_<name>`` for architectures in timm's registry.
+
+    Nothing is built, and the pretrained configurations are shared, so that all of timm takes some hundredths
+    of a second; it is done when ``twnn_plugin`` is imported.
+
+    Args:
+        architectures: their names, such as those of models that you registered with timm; None: all of timm's
+            own, but for those that have a ``twnn_`` name already.
 
     Returns:
         The new names.
     """
     names = list(timm_adapter.architectures() if architectures is None else architectures)
+    made = []
     for name in names:
-        derived = timm_adapter.derived_cfg(name, PREFIX + name)
-        if derived is not None:
-            default_cfgs[PREFIX + name] = derived
+        derived = PREFIX + name
+        if architectures is None and timm_adapter.is_registered(derived):
+            continue
+        config = timm_adapter.default_cfg(name)
+        if config is not None:
+            default_cfgs[derived] = config
         timm_adapter.register(_entry(name))
-    return [PREFIX + name for name in names]
+        del __all__[_PUBLIC:]  # timm adds the name, which is none of this module's
+        made.append(derived)
+    return made
 
 
 def _entry(name: str) -> Callable[..., nn.Module]:
     create = timm_adapter.entry_point(name)
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        options = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
-        if kwargs.get("features_only"):
-            raise AttachError(
-                f"{PREFIX + name} cannot be made with features_only=True, which takes the model apart. Use "
-                "model.forward_intermediates(images), which runs the whole model."
-            )
-        # The backbone's weights are loaded by timm, strictly, before there are wormholes.
-        try:
-            backbone = create(pretrained=pretrained, **kwargs)
-        except TypeError as error:  # an option that neither side has
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if unknown is None:
-                raise
-            hint = nearest(unknown[1], OPTIONS)
-            raise TypeError(f"{error}.{hint} Options of the wormholes: {', '.join(OPTIONS)}.") from error
-        model = attach(backbone, **options)
-        timm_adapter.rename(model, PREFIX + name)
-        return model
+        return _build(name, create, pretrained, kwargs)
 
     build.__name__ = build.__qualname__ = PREFIX + name
     build.__module__ = __name__
     build.__doc__ = f"{name} with wormholes; options {', '.join(OPTIONS)} as in twnn_plugin.attach."
     return build
+
+
+def _build(
+    name: str, create: Callable[..., nn.Module], pretrained: bool, kwargs: dict[str, Any]
+) -> nn.Module:
+    options = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
+    if isinstance(options.get("gate"), list):  # as it comes from JSON
+        options["gate"] = tuple(options["gate"])
+    if kwargs.get("pretrained_model_args"):  # those of a saved model, its wormholes included
+        saved = kwargs["pretrained_model_args"]
+        kwargs["pretrained_model_args"] = {k: v for k, v in saved.items() if k not in OPTIONS}
+    config, mine = None, {}
+    if pretrained:
+        overlay = kwargs.pop("pretrained_cfg_overlay", None)
+        config = timm_adapter.resolved(PREFIX + name, kwargs.get("pretrained_cfg"), overlay)
+        kwargs["pretrained_cfg"] = config
+        if timm_adapter.from_elsewhere(config):
+            state = timm_adapter.weights(config, kwargs.get("cache_dir"))
+            mine = {key: state.pop(key) for key in list(state) if key.startswith(f"{CHILD}.")}
+            kwargs["pretrained_cfg"] = timm_adapter.with_weights(config, state)
+    # The backbone's weights are loaded by timm, adapted and strictly, before there are wormholes.
+    try:
+        backbone = create(pretrained=pretrained, **kwargs)
+    except TypeError as error:  # an option that neither side has
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        hint = nearest(unknown[1], OPTIONS)
+        raise TypeError(f"{error}.{hint} Options of the wormholes: {', '.join(OPTIONS)}.") from error
+    model = attach(backbone, **options)
+    timm_adapter.rename(model, PREFIX + name, config)
+    if mine:
+        _load(model, mine)
+    return model
+
+
+def _load(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load the wormholes' own weights."""
+    holder = model.get_submodule(CHILD)
+    try:
+        holder.load_state_dict({key.removeprefix(f"{CHILD}."): value for key, value in state.items()})
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise AttachError(
+            f"The saved wormholes do not fit the ones that were asked for: {' '.join(lines)[:300]} Create "
+            "the model with the wormholes that it was saved with, which save_for_hf keeps in model_args."
+        ) from error

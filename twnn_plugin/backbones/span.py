@@ -1,107 +1,354 @@
-"""One wormhole in a model at hand: hooks on the span's modules, replay instead of surgery."""
+"""Wormholes in a model at hand: hooks on the modules of their spans, replay instead of surgery."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..blocks import Feedback, SpanRecord
-from ..blocks.count import multiply_adds
-from ..blocks.one_map import OneMap
+from ..blocks.count import group_multiply_adds
+from ..blocks.one_map import Frozen, OneMap
 from ..blocks.open_loop import OpenLoop
+from ..blocks.settle import settle, settle_and_send
 from ..errors import AttachError
-from ..trees import leaves
-from .wiring import Wiring
+from ..trees import rebuild
+from .flow import leaf_at
+from .wiring import Arguments, Program, Wiring, snapshot
 
-__all__ = ["AttachedSpan"]
+__all__ = ["AttachedGroup", "AttachedSpan", "ReplayedGroup", "asleep", "settling", "spans"]
+
+Settler = Callable[..., tuple[Tensor, ...]]
+"""What takes the place of :func:`twnn_plugin.blocks.settle.settle`."""
+
+Evaluate = Callable[..., tuple[tuple[Tensor, ...], Any]]
+"""``evaluate(entry, signals, *constants) -> (states, what the last call returned)``."""
 
 
-class AttachedSpan(nn.Module):
-    """Hooks a span: the model's own forward is the open-loop pass, its output is then settled.
+class AttachedGroup(ABC):
+    """Wormholes whose spans overlap, solved as one equation; most often a single one.
 
-    No module moves and no key of the state dict changes; the wormhole's parameters are this module's.
+    A group is no module: it calls the model's own modules, which stay where they are.
 
     Args:
-        feedback: message, gate, policy and settings.
-        wiring: the span's calls.
+        parts: the wormholes.
+        program: their spans as a function.
     """
 
-    def __init__(self, feedback: Feedback, wiring: Wiring):
-        super().__init__()
-        self.feedback = feedback
-        self.wiring = wiring
-        self.one_map = OneMap(wiring.modules())
-        self.seen: list[tuple[Any, Any]] = []
+    mode: str
+    """``"replay"`` or ``"rerun"``: how the equation's map is evaluated."""
+
+    def __init__(self, parts: Sequence[Feedback], program: Program):
+        self.parts = tuple(parts)
+        self.program = program
+        self.one_map = OneMap(program.modules())
         self.open_loop: OpenLoop | None = None
-        self.template: tuple[Any, ...] = ()  # the last pass's constants, for counting
+        self.how: Settler | None = None  # instead of the ordinary solve
         self.replaying = False
-        for module in wiring.modules():
-            module.register_forward_pre_hook(self._enter, with_kwargs=True)
-        wiring.nodes[-1].module[0].register_forward_hook(self._leave, with_kwargs=True)
+        self.kept: Sequence[Arguments] = ()  # the last solve's constants, for counting
 
-    def forward(self, value: Any) -> Any:
-        """Identity: containers that run all their children in order are not disturbed."""
-        return value
+    @property
+    def name(self) -> str:
+        """The names of the spans."""
+        return ", ".join(part.span for part in self.parts)
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.replaying:
-            return
-        if self.open_loop is None:
-            if module is self.wiring.nodes[0].module[0]:
-                self.open_loop = OpenLoop(self.one_map, next(leaves((args, kwargs))), self.training)
-                self.seen = [(args, kwargs)]
-            return
-        if module is self.wiring.nodes[0].module[0] and len(self.wiring.modules()) == len(self.wiring.nodes):
-            # The last pass did not reach the end of the span (an exception): start afresh.
-            self.open_loop = None
-            self._enter(module, args, kwargs)
-            return
-        self.seen.append((args, kwargs))
+    @property
+    def training(self) -> bool:
+        """Whether the wormholes are in training mode."""
+        return self.parts[0].training
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self.replaying or self.open_loop is None or len(self.seen) < len(self.wiring.nodes):
-            return None
-        watched, seen = self.open_loop, tuple(self.seen)
-        self.open_loop, self.seen = None, []
-        constants = self.wiring.constants(seen)
-        entry = watched.entry
+    def unfinished(self) -> bool:
+        """Whether a pass has entered the group and not left it."""
+        return self.open_loop is not None
 
-        def replay(entry: Tensor, *rows: Tensor) -> Tensor:
-            with self._replaying():
-                return self.wiring.replay(entry, seen, rows)
-
-        if not isinstance(output, Tensor):
-            raise AttachError(f"Span {self.feedback.span!r} no longer returns a tensor.")
-        out, frozen = watched.finish(output, lambda: replay(entry, *constants))
-        settled = self.feedback.settle(entry, out, replay, constants, frozen)
-        self.template = self.wiring.template(seen)
-        return settled
-
-    def record(self) -> SpanRecord | None:
-        """The record of the last forward pass, multiply-adds counted; None before the first."""
-        record = self.feedback.last
-        if record is None or not record.evaluations or record.multiply_adds or not self.template:
-            return record
-
-        def replay(entry: Tensor, *rows: Tensor) -> Tensor:
-            with self._replaying():
-                return self.wiring.replay(entry, self.template, rows)
-
-        each = multiply_adds(self.feedback, replay, self.wiring.modules())
-        record.multiply_adds = record.evaluations * each
-        return record
+    @abstractmethod
+    def inside(self) -> list[nn.Module]:
+        """The modules of the group whose output goes to other modules of the group, each once."""
 
     @contextmanager
-    def _replaying(self) -> Iterator[None]:
+    def quiet(self) -> Iterator[None]:
+        """Within this, passes through the modules are nothing to the group."""
         before, self.replaying = self.replaying, True
         try:
             yield
         finally:
             self.replaying = before
 
+    def solve(
+        self,
+        entries: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        evaluate: Evaluate,
+        constants: Sequence[Tensor],
+        frozen: Frozen | None,
+        entry: Tensor,
+        send: bool = True,
+    ) -> tuple[tuple[Tensor, ...], Sequence[Tensor | None] | None]:
+        """The settled outputs, and what the messages add there.
+
+        Args:
+            entries: (B, ...) the open-loop inputs of the targets.
+            outs: (B, ...) the open-loop outputs of the sources.
+            evaluate: the group's map.
+            constants: its further (B, ...) inputs.
+            frozen: what stands still in it.
+            entry: (B, ...) the input of its first call.
+            send: whether the messages are wanted.
+
+        Returns:
+            The outputs; and the messages at the solution for all rows, which one more evaluation of the
+            map needs to be there; None if they were not wanted, or nothing was settled.
+        """
+
+        def replay(entry: Tensor, signals: Sequence[Tensor | None], *rows: Tensor) -> tuple[Tensor, ...]:
+            return evaluate(entry, signals, *rows)[0]
+
+        given = (constants, frozen, entry)
+        if self.how is not None:
+            latest: list[Any] = [None]
+
+            def watched(entry: Tensor, signals: Sequence[Tensor | None], *rows: Tensor) -> tuple[Tensor, ...]:
+                latest[0] = signals
+                return evaluate(entry, signals, *rows)[0]
+
+            return self.how(self.parts, entries, outs, watched if send else replay, *given), latest[0]
+        if not send:
+            return settle(self.parts, entries, outs, replay, *given), None
+        values, signals, _ = settle_and_send(self.parts, entries, outs, replay, *given)
+        return values, signals
+
+    def keep(self, seen: Sequence[Arguments]) -> None:
+        """Keep a pass's constants for counting, if anything was evaluated."""
+        record = self.parts[0].last
+        if record is not None and record.evaluations:
+            self.kept = [
+                rebuild(given, lambda v: v.detach() if isinstance(v, Tensor) else v) for given in seen
+            ]
+
+    def count(self) -> None:
+        """Note the multiply-adds of the last solve in its record."""
+        record = self.parts[0].last
+        if record is None or not record.evaluations or record.multiply_adds or not self.kept:
+            return
+
+        def replay(entry: Tensor, signals: Sequence[Tensor | None], *rows: Tensor) -> tuple[Tensor, ...]:
+            with self.quiet():
+                return self.program.replay(entry, signals, self.kept, rows)[0]
+
+        each = group_multiply_adds(self.parts, replay, self.program.modules())
+        record.multiply_adds = record.evaluations * each
+
     # Copies and pickles hold no activations.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": [], "open_loop": None, "template": (), "replaying": False}
+        fresh = {"open_loop": None, "replaying": False, "kept": (), "how": None}
+        return {**self.__dict__, **fresh}
+
+
+class ReplayedGroup(AttachedGroup):
+    """A group whose calls are replayed one after another.
+
+    The model's own forward is the open-loop pass: hooks watch it, and the one on the group's last call
+    returns the settled output.
+
+    Args:
+        parts: the wormholes.
+        wiring: the calls.
+    """
+
+    mode = "replay"
+    program: Wiring
+
+    def __init__(self, parts: Sequence[Feedback], wiring: Wiring):
+        super().__init__(parts, wiring)
+        self.seen: list[Arguments] = []
+        self.caught: list[Any] = [None] * len(self.parts)
+        self.nested = any(node.nested for node in wiring.nodes)
+        first, *later = wiring.nodes
+        first.module[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        for node in later:
+            node.module[0].register_forward_pre_hook(self._note, with_kwargs=True)
+        for node in wiring.nodes[:-1]:
+            for wormhole, leaf in node.states:
+                node.module[0].register_forward_hook(_Catch(self, wormhole, leaf))
+        wiring.nodes[-1].module[0].register_forward_hook(self._leave)
+
+    def inside(self) -> list[nn.Module]:
+        return self.program.modules()[:-1]
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.replaying:
+            return
+        entry = leaf_at((args, kwargs), self.program.nodes[0].entry)
+        if self.program.copies_entry:
+            entry = entry.clone()
+        self.open_loop = OpenLoop(self.one_map, entry, self.training)
+        self.seen = [snapshot(args, kwargs) if self.nested else (args, kwargs)]
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.open_loop is not None and not self.replaying:
+            self.seen.append(snapshot(args, kwargs) if self.nested else (args, kwargs))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.replaying or self.open_loop is None:
+            return None
+        # A solve takes as many steps as its data need: a compiled model leaves its graph for it.
+        outside = torch.compiler.is_compiling() and self.how is None
+        return self._settle_outside(output) if outside else self._settle(output)
+
+    def _settle(self, output: Any) -> Any:
+        """What the group's last call returns, settled."""
+        assert self.open_loop is not None
+        watched, seen = self.open_loop, self.seen
+        self.open_loop, self.seen = None, []
+        wiring, entry = self.program, watched.entry
+        if len(seen) != len(wiring.nodes):
+            raise AttachError(
+                f"The pass called {len(seen)} of the {len(wiring.nodes)} modules of span {self.name!r}. It "
+                "goes another way through the model than when the wormhole was attached; attach for this way."
+            )
+        shared = wiring.template(seen)  # no activations, so that replays of two passes can be one map
+        constants = wiring.constants(seen)
+
+        def evaluate(entry: Tensor, signals: Sequence[Tensor | None], *rows: Tensor) -> Any:
+            with self.quiet():
+                return wiring.replay(entry, signals, shared, rows)
+
+        def again() -> tuple[Tensor, ...]:
+            nonlocal output
+            states, output = evaluate(entry, (None,) * len(self.parts), *constants)
+            return states
+
+        outs, frozen = watched.finish(self._outs(output), again)
+        entries = self._entries(entry, seen)
+        rest = bool(wiring.rest)
+        values, signals = self.solve(entries, outs, evaluate, constants, frozen, entry, send=rest)
+        fresh = None
+        if signals is not None:
+            with nullcontext() if frozen is None else frozen.replay(None):
+                fresh = evaluate(entry, signals, *constants)[1]
+        self.keep(shared)
+        return wiring.returned(output, fresh, values)
+
+    _settle_outside: Any = torch.compiler.disable(_settle)  # type: ignore[call-arg]
+
+    def _outs(self, output: Any) -> tuple[Tensor, ...]:
+        outs, self.caught = self.caught, [None] * len(self.parts)
+        for wormhole, leaf in self.program.nodes[-1].states:
+            outs[wormhole] = leaf_at(output, leaf)
+        for wormhole, copied in enumerate(self.program.copies_outs):
+            if copied and any(wormhole == w for w, _ in self.program.nodes[-1].states):
+                outs[wormhole] = outs[wormhole].clone()
+        return tuple(outs)
+
+    def _entries(self, entry: Tensor, seen: Sequence[Arguments]) -> list[Tensor]:
+        entries: list[Any] = [None] * len(self.parts)
+        for index, (node, given) in enumerate(zip(self.program.nodes, seen, strict=True)):
+            for wormhole in node.messages:
+                entries[wormhole] = entry if index == 0 else leaf_at(given, node.entry)
+        return entries
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "seen": [], "caught": [None] * len(self.parts)}
+
+
+class _Catch:
+    """The hook on an inner source; an object, because closures cannot be pickled."""
+
+    def __init__(self, group: ReplayedGroup, wormhole: int, leaf: int):
+        self.group, self.wormhole, self.leaf = group, wormhole, leaf
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        group = self.group
+        if group.open_loop is not None and not group.replaying:
+            value = leaf_at(output, self.leaf)
+            group.caught[self.wormhole] = value.clone() if group.program.copies_outs[self.wormhole] else value
+
+
+class AttachedSpan(nn.Module):
+    """One wormhole of a model: its parameters, and the group that it is solved in.
+
+    No module of the model moves and no key of its state dict changes.
+
+    Args:
+        feedback: message, gate, policy and settings.
+        group: the wormholes that it is solved with.
+    """
+
+    def __init__(self, feedback: Feedback, group: AttachedGroup):
+        super().__init__()
+        self.feedback = feedback
+        self.group = group
+
+    @property
+    def span(self) -> str:
+        """Its name, such as ``"layer4->layer3"``."""
+        return self.feedback.span
+
+    @property
+    def mode(self) -> str:
+        """How its map is evaluated.
+
+        ``"replay"``: its modules are called one after another. ``"rerun"``: the model's forward is run again
+        with everything before the span from memory, because the model computes something between its
+        modules; right, but slower.
+        """
+        return self.group.mode
+
+    @property
+    def open_loop(self) -> OpenLoop | None:
+        """The pass that is inside of the span; None: there is none."""
+        return self.group.open_loop
+
+    def forward(self, value: Any) -> Any:
+        """Identity: containers that run all their children in order are not disturbed."""
+        return value
+
+    def record(self) -> SpanRecord | None:
+        """The record of the last forward pass, multiply-adds counted; None before the first."""
+        self.group.count()
+        return self.feedback.last
+
+    def extra_repr(self) -> str:
+        return f"{self.span}, mode={self.mode}"
+
+
+def spans(model: nn.Module) -> list[AttachedSpan]:
+    """The wormholes attached to a model, in the order in which they were named.
+
+    Each has ``span`` (its name), ``mode`` (``"replay"``, or ``"rerun"`` where the slower fallback is in use),
+    ``group`` and ``record()``.
+    """
+    return [module for module in model.modules() if isinstance(module, AttachedSpan)]
+
+
+def _groups(of: nn.Module | Sequence[AttachedGroup]) -> list[AttachedGroup]:
+    if isinstance(of, nn.Module):
+        return list(dict.fromkeys(span.group for span in spans(of)))
+    return list(of)
+
+
+@contextmanager
+def settling(of: nn.Module | Sequence[AttachedGroup], how: Settler) -> Iterator[None]:
+    """Within this, ``how`` settles the groups (of a model) in place of the ordinary solve."""
+    groups = _groups(of)
+    before = [group.how for group in groups]
+    for group in groups:
+        group.how = how
+    try:
+        yield
+    finally:
+        for group, old in zip(groups, before, strict=True):
+            group.how = old
+
+
+@contextmanager
+def asleep(of: nn.Module | Sequence[AttachedGroup]) -> Iterator[None]:
+    """Within this, passes through the model are nothing to the groups."""
+    with ExitStack() as stack:
+        for group in _groups(of):
+            stack.enter_context(group.quiet())
+        yield

@@ -1,4 +1,4 @@
-"""Wormholes as users write them: ``"layer4->layer3"``."""
+"""Wormholes as users write them: ``"layer4->layer3"``, ``"3->2"``, ``"/32->/16"``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from ..errors import AttachError, UnknownNameError, nearest
 from .base import Stage
 
-__all__ = ["SpanSpec", "parse"]
+__all__ = ["AUTO", "SpanSpec", "auto", "listed", "parse", "paths_in"]
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,47 @@ class SpanSpec:
         return f"{self.source}->{self.target}"
 
 
-def parse(wormholes: str | Sequence[str], stages: Sequence[Stage], paths: Sequence[str]) -> list[SpanSpec]:
-    """The spans that a ``wormholes`` option names, checked.
+def listed(wormholes: str | Sequence[str]) -> list[str]:
+    """The specs of a ``wormholes`` option, each a string.
+
+    Raises:
+        AttachError: it is something else.
+    """
+    specs = [wormholes] if isinstance(wormholes, str) else wormholes
+    if not isinstance(specs, Sequence) or not specs or not all(isinstance(spec, str) for spec in specs):
+        raise AttachError(
+            f"wormholes takes 'source->target', a list of such strings, or 'auto'; got {wormholes!r}."
+        )
+    return [spec.strip() for spec in specs]
+
+
+def paths_in(wormholes: str | Sequence[str]) -> list[str]:
+    """The ends of the specs, as they are written."""
+    return [end.strip() for spec in listed(wormholes) for end in spec.split("->")]
+
+
+def auto(stages: Sequence[Stage]) -> list[SpanSpec]:
+    """What ``"auto"`` may mean for a model, the best first.
+
+    Of a pyramid the last two stages; of an isotropic network the last third. Where this cannot be
+    iterated, shorter spans with the same end, and then spans that end earlier.
+    """
+    names = [stage.name for stage in stages]
+    if len(names) < 2:
+        return [SpanSpec(name, name) for name in names]
+    isotropic = len({stage.reduction for stage in stages}) == 1
+    back = max(1, len(names) // 3 - 1) if isotropic else 1
+    ends = range(len(names) - 1, -1, -1)
+    return [SpanSpec(names[i], names[j]) for i in ends for j in range(max(0, i - back), i + 1)]
+
+
+def parse(spec: str, stages: Sequence[Stage], paths: Sequence[str]) -> SpanSpec:
+    """The span that a spec names, checked.
 
     Args:
-        wormholes: ``"source->target"``, a list of them, or ``"auto"``. An end is a stage's or a
-            module's path, or a stage's index (negative from the end).
+        spec: ``"source->target"``. An end is a stage's or a module's path; a stage's index, negative from the
+            end; or ``"/16"``, the stages with this reduction: as a source the last of them, as a target the
+            first.
         stages: the model's stages.
         paths: the paths of all modules that a span can be made of, in the order they are called.
 
@@ -35,30 +72,12 @@ def parse(wormholes: str | Sequence[str], stages: Sequence[Stage], paths: Sequen
         AttachError: not of that form, or the span goes forward.
         UnknownNameError: no such stage.
     """
-    specs = [wormholes] if isinstance(wormholes, str) else list(wormholes)
-    if not specs or not all(isinstance(spec, str) for spec in specs):
-        raise AttachError(
-            f"wormholes takes 'source->target', a list of such strings, or 'auto'; got {wormholes!r}."
-        )
-    return [_auto(stages) if spec.strip() == "auto" else _parse(spec, stages, paths) for spec in specs]
-
-
-def _auto(stages: Sequence[Stage]) -> SpanSpec:
-    # The last two stages of a pyramid; of an isotropic network the last third.
-    if len(stages) < 2:
-        raise AttachError("wormholes='auto' needs a model with at least two stages; name a span instead.")
-    isotropic = len({stage.reduction for stage in stages}) == 1
-    back = max(1, len(stages) // 3 - 1) if isotropic else 1
-    return SpanSpec(stages[-1].name, stages[-1 - back].name)
-
-
-def _parse(spec: str, stages: Sequence[Stage], paths: Sequence[str]) -> SpanSpec:
     ends = [end.strip() for end in spec.split("->")]
     if len(ends) != 2 or not all(ends):
         raise AttachError(
-            f"A wormhole is written 'source->target', such as {str(_example(stages))!r}; got {spec!r}."
+            f"A wormhole is written 'source->target', such as {_example(stages)!r}; got {spec!r}."
         )
-    source, target = (_end(end, stages, paths) for end in ends)
+    source, target = _end(ends[0], stages, paths, last=True), _end(ends[1], stages, paths, last=False)
     if _last(source, paths) < _last(target, paths) or _first(source, paths) < _first(target, paths):
         raise AttachError(
             f"A wormhole goes back: its source comes after its target, or is the same stage. {spec!r} goes "
@@ -67,8 +86,8 @@ def _parse(spec: str, stages: Sequence[Stage], paths: Sequence[str]) -> SpanSpec
     return SpanSpec(source, target)
 
 
-def _example(stages: Sequence[Stage]) -> SpanSpec | str:
-    return _auto(stages) if len(stages) > 1 else "layer4->layer3"
+def _example(stages: Sequence[Stage]) -> str:
+    return str(auto(stages)[0]) if stages else "layer4->layer3"
 
 
 def _inside(end: str, path: str) -> bool:
@@ -83,17 +102,30 @@ def _last(end: str, paths: Sequence[str]) -> int:
     return max(i for i, path in enumerate(paths) if _inside(end, path))
 
 
-def _end(end: str, stages: Sequence[Stage], paths: Sequence[str]) -> str:
+def _end(end: str, stages: Sequence[Stage], paths: Sequence[str], last: bool) -> str:
     names = [stage.name for stage in stages]
+    if end.startswith("/"):
+        return _reduced(end, stages, last)
     if end.lstrip("-").isdigit():
         index = int(end)
         if not -len(names) <= index < len(names):
             raise UnknownNameError(
                 f"There is no stage {end}; this model has {len(names)}: {', '.join(names)}."
             )
-        return names[index]
+        end = names[index]
     if any(_inside(end, path) for path in paths):
         return end
+    if end in names:
+        raise UnknownNameError(f"Stage {end!r} is never called by the model's forward.")
     known = list(dict.fromkeys([*names, *paths]))
     shown = ", ".join(names if len(names) <= 16 else [*names[:15], "..."])
     raise UnknownNameError(f"Unknown stage {end!r}.{nearest(end, known)} Stages: {shown}.")
+
+
+def _reduced(end: str, stages: Sequence[Stage], last: bool) -> str:
+    known = list(dict.fromkeys(stage.reduction for stage in stages if stage.reduction is not None))
+    found = [stage.name for stage in stages if end == f"/{stage.reduction}"]
+    if not found:
+        there = ", ".join(f"/{reduction}" for reduction in known) or "none is known"
+        raise UnknownNameError(f"There is no stage with the reduction {end!r}; those of this model: {there}.")
+    return found[-1 if last else 0]

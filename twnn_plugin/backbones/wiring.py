@@ -1,7 +1,8 @@
-"""Replaying a chain of calls on other inputs: which argument comes from where."""
+"""Replaying calls on other inputs: which argument comes from where."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,130 +11,273 @@ from torch import Tensor, nn
 
 from ..errors import AttachError
 from ..trees import leaves, rebuild
-from .trace import CallRecord
+from .flow import Call, Flow, Use, rows_per_sample
+from .plan import Plan, Refusal
 
-__all__ = ["Node", "Wiring", "wire"]
+__all__ = ["Arguments", "Node", "Program", "Source", "Wiring", "snapshot", "split", "wire"]
 
-ENTRY = -1  # source index of the span's input
+Arguments = tuple[Any, Any]
+"""(args, kwargs) of one call."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one leaf of a call's arguments comes from.
+
+    Attributes:
+        wire: (position in the chain, leaf of that call's output); None: a constant of the pass.
+        rows: for a constant tensor, its rows per sample; 0 if it does not depend on the batch.
+        count: for a constant number that counts samples, how many times.
+        entry: whether it is the input of the chain.
+    """
+
+    wire: tuple[int, int] | None = None
+    rows: int = 0
+    count: int = 0
+    entry: bool = False
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is the same whatever the rows are."""
+        return self.wire is None and not self.rows and not self.count and not self.entry
 
 
 @dataclass(frozen=True)
 class Node:
-    """One call of the span.
+    """One call of a chain.
 
     Attributes:
         path: the module's path, for messages.
         module: the module. Held in a tuple, so that it does not become a child of the holder.
-        sources: for each leaf of (args, kwargs): (call, leaf of its output), or None for a constant.
-        rowwise: for each leaf, whether it is a constant tensor with one row per sample.
+        sources: one for each leaf of (args, kwargs).
+        messages: the wormholes whose message enters here.
+        entry: the leaf where messages, or the group's input, enter.
+        states: (wormhole, leaf of the output) for those whose source this is.
+        nested: whether there are lists or dicts among the arguments.
     """
 
     path: str
     module: tuple[nn.Module]
-    sources: tuple[tuple[int, int] | None, ...]
-    rowwise: tuple[bool, ...]
+    sources: tuple[Source, ...]
+    messages: tuple[int, ...]
+    states: tuple[tuple[int, int], ...]
+    entry: int = 0
+    nested: bool = False
 
 
-@dataclass(frozen=True)
-class Wiring:
-    """A chain of calls with their wiring; ``replay`` runs it."""
+class Program(ABC):
+    """A group of spans as a function of its entry, the messages and what is constant in a pass."""
 
-    nodes: tuple[Node, ...]
-
+    @abstractmethod
     def modules(self) -> list[nn.Module]:
-        """The modules of the chain, each once."""
-        return list(dict.fromkeys(node.module[0] for node in self.nodes))
+        """The modules that are replayed, each once."""
 
-    def constants(self, seen: Sequence[tuple[Any, Any]]) -> tuple[Tensor, ...]:
-        """The row-wise constants among the (args, kwargs) that the nodes were called with."""
-        found: list[Tensor] = []
-        for node, given in zip(self.nodes, seen, strict=True):
-            found.extend(v for v, rowwise in zip(leaves(given), node.rowwise, strict=True) if rowwise)
-        return tuple(found)
+    @abstractmethod
+    def constants(self, seen: Sequence[Arguments]) -> tuple[Tensor, ...]:
+        """The (B, ...) constants of a pass that have rows for each sample."""
 
-    def template(self, seen: Sequence[tuple[Any, Any]]) -> tuple[Any, ...]:
-        """What the nodes were called with, without the activations and the row-wise constants."""
-        kept = []
-        for node, given in zip(self.nodes, seen, strict=True):
-            marks = iter(zip(node.sources, node.rowwise, strict=True))
-
-            def keep(leaf: Any, marks: Any = marks) -> Any:
-                source, rowwise = next(marks)
-                if source is not None or rowwise:
-                    return None
-                return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-            kept.append(rebuild(given, keep))
-        return tuple(kept)
-
-    def replay(self, entry: Tensor, seen: Sequence[tuple[Any, Any]], rows: Sequence[Tensor] = ()) -> Any:
-        """Call the chain on ``entry``.
+    @abstractmethod
+    def replay(
+        self,
+        entry: Tensor,
+        signals: Sequence[Tensor | None],
+        seen: Sequence[Arguments],
+        rows: Sequence[Tensor] = (),
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Run the spans.
 
         Args:
             entry: (b, ...) input of the first call.
-            seen: the (args, kwargs) of each call in the model's own pass, for the constants.
-            rows: the row-wise constants, gathered for the rows of ``entry``, in the order of
-                :meth:`constants`.
+            signals: for each wormhole what is added at its target, like the target's input, or None.
+            seen: what the calls were given in the model's own pass, for the constants.
+            rows: :meth:`constants`, gathered for the rows of ``entry``.
+
+        Returns:
+            For each wormhole the output of its source; and all that the last call returned.
         """
+
+
+@dataclass(frozen=True)
+class Wiring(Program):
+    """A chain of calls, wired by the identity of the tensors that pass between them.
+
+    Attributes:
+        nodes: the calls.
+        states: how many wormholes there are.
+        copies_entry: whether the first call changes its input in place.
+        copies_outs: for each wormhole, whether its state is changed in place later on.
+        rest: leaves of the last call's output, besides its state, that the model goes on with.
+    """
+
+    nodes: tuple[Node, ...]
+    states: int
+    copies_entry: bool
+    copies_outs: tuple[bool, ...]
+    rest: tuple[int, ...] = ()
+
+    def modules(self) -> list[nn.Module]:
+        return list(dict.fromkeys(node.module[0] for node in self.nodes))
+
+    def constants(self, seen: Sequence[Arguments]) -> tuple[Tensor, ...]:
+        found: list[Tensor] = []
+        for node, given in zip(self.nodes, seen, strict=True):
+            if not any(source.rows for source in node.sources):
+                continue
+            for leaf, source in zip(leaves(given), node.sources, strict=True):
+                if source.rows:
+                    found.append(split(leaf, source.rows))
+        return tuple(found)
+
+    def template(self, seen: Sequence[Arguments]) -> list[Arguments]:
+        """What the calls were given, without what comes from the rows.
+
+        Raises:
+            AttachError: a call was given other arguments than when the wormhole was attached.
+        """
+        kept = []
+        for node, given in zip(self.nodes, seen, strict=True):
+            if sum(1 for _ in leaves(given)) != len(node.sources):
+                raise AttachError(
+                    f"{node.path!r} is given other arguments than when its wormhole was attached, such as a "
+                    "mask. Attach the wormhole to a model that is called in this way (example=...)."
+                )
+            sources = iter(node.sources)
+            kept.append(rebuild(given, lambda leaf, s=sources: leaf if next(s).kept else None))
+        return kept
+
+    def replay(
+        self,
+        entry: Tensor,
+        signals: Sequence[Tensor | None],
+        seen: Sequence[Arguments],
+        rows: Sequence[Tensor] = (),
+    ) -> tuple[tuple[Tensor, ...], Any]:
         outputs: list[list[Any]] = []
+        states: list[Any] = [None] * self.states
         fed = iter(rows)
         result: Any = None
-        for node, given in zip(self.nodes, seen, strict=True):
-            sources = iter(zip(node.sources, node.rowwise, strict=True))
+        for index, (node, given) in enumerate(zip(self.nodes, seen, strict=True)):
+            position = -1
 
-            def pick(leaf: Any, sources: Any = sources) -> Any:
-                source, rowwise = next(sources)
-                if source is None:
-                    return next(fed) if rowwise else leaf
-                return entry if source[0] == ENTRY else outputs[source[0]][source[1]]
+            def pick(leaf: Any, node: Node = node, index: int = index) -> Any:
+                nonlocal position
+                position += 1
+                source = node.sources[position]
+                if index == 0 and position == node.entry:
+                    value = self._sent(node, entry, signals)
+                    return value.clone() if self.copies_entry and value is entry else value
+                if source.wire is not None:
+                    leaf = outputs[source.wire[0]][source.wire[1]]
+                elif source.rows:
+                    leaf = next(fed)
+                    leaf = leaf.flatten(0, 1) if source.rows > 1 else leaf
+                elif source.count:
+                    leaf = source.count * entry.shape[0]
+                return self._sent(node, leaf, signals) if position == node.entry else leaf
 
             args, kwargs = rebuild(given, pick)
             result = node.module[0](*args, **kwargs)
             outputs.append(list(leaves(result)))
-        return result
+            for wormhole, leaf in node.states:
+                state = outputs[-1][leaf]
+                states[wormhole] = state.clone() if self.copies_outs[wormhole] else state
+        return tuple(states), result
+
+    def returned(self, output: Any, refreshed: Any, values: Sequence[Tensor]) -> Any:
+        """What the last call returns to the model.
+
+        Args:
+            output: what it returned in the open-loop pass.
+            refreshed: what it returned at the solution; None: nothing was settled.
+            values: the settled states.
+        """
+        wormhole, leaf = self.nodes[-1].states[0]
+        fresh = list(leaves(output if refreshed is None else refreshed))
+        changed = {place: fresh[place] for place in self.rest}
+        # The model changes it in place later on, which it may not do to what the solve keeps.
+        changed[leaf] = values[wormhole].clone() if self.copies_outs[wormhole] else values[wormhole]
+        places = iter(range(len(fresh)))
+
+        def choose(value: Any) -> Any:
+            return changed.get(next(places), value)
+
+        return rebuild(output, choose)
+
+    @staticmethod
+    def _sent(node: Node, value: Any, signals: Sequence[Tensor | None]) -> Any:
+        for wormhole in node.messages:
+            signal = signals[wormhole]
+            value = value if signal is None else value + signal
+        return value
 
 
-def wire(calls: Sequence[CallRecord], other: Sequence[CallRecord], batches: tuple[int, int]) -> Wiring:
-    """Wire a chain by the identity of tensors.
+def snapshot(args: Any, kwargs: Any) -> Arguments:
+    """Arguments in containers of their own: a module may put other things into the lists it is given."""
+    return rebuild((args, kwargs), lambda leaf: leaf)
+
+
+def split(value: Tensor, rows: int) -> Tensor:
+    """(B * rows, ...) to (B, rows, ...), so that it can be gathered by samples."""
+    return value.unflatten(0, (-1, rows)) if rows > 1 else value
+
+
+def wire(flow: Flow, other: Flow, found: Plan) -> Wiring:
+    """Wire the calls of a plan.
 
     Args:
-        calls: the span's calls, in order, from a pass with ``batches[0]`` samples.
-        other: the same from a pass with ``batches[1]`` samples, which tells constants with one row
-            per sample from those without.
-        batches: the two batch sizes.
+        flow: the pass that the plan was made from.
+        other: a pass with another batch size, which tells what depends on the batch.
+        found: the plan.
 
     Raises:
-        AttachError: the calls differ between the passes, or a constant's batch axis is folded.
+        Refusal: something mixes samples.
     """
-    if [c.path for c in calls] != [c.path for c in other]:
-        raise AttachError("The model calls other modules for another batch size; it cannot be replayed.")
-    if not calls[0].inputs() or not isinstance(calls[0].inputs()[0], Tensor):
-        raise AttachError(f"{calls[0].path!r}, where the span begins, is not given a tensor first.")
-    made: dict[int, tuple[int, int]] = {id(calls[0].inputs()[0]): (ENTRY, 0)}
+    places = {call: index for index, call in enumerate(found.calls)}
     nodes = []
-    for index, (call, twin) in enumerate(zip(calls, other, strict=True)):
-        sources, rowwise = [], []
-        for position, (leaf, same) in enumerate(zip(call.inputs(), twin.inputs(), strict=True)):
-            # The message enters at the first call's first input only; elsewhere the same tensor is
-            # the unchanged input, as it is in the model.
-            known = made.get(id(leaf)) if isinstance(leaf, Tensor) else None
-            if known is not None and known[0] == ENTRY and (index, position) != (0, 0):
-                known = None
-            sources.append(known)
-            rowwise.append(known is None and _rowwise(call.path, leaf, same, batches))
-        nodes.append(Node(call.path, (call.module,), tuple(sources), tuple(rowwise)))
-        for position, leaf in enumerate(leaves(call.output)):
-            if isinstance(leaf, Tensor):
-                made[id(leaf)] = (index, position)
-    return Wiring(tuple(nodes))
+    for index in found.calls:
+        call, twin = flow.calls[index], other.calls[index]
+        sources = []
+        for position, (use, same) in enumerate(zip(call.inputs, twin.inputs, strict=True)):
+            entry = index == found.first and position == found.entry_of(index)
+            inside = isinstance(use, Use) and use.direct is not None and use.direct[0] in places
+            if inside and not entry:
+                assert use.direct is not None
+                sources.append(Source(wire=(places[use.direct[0]], use.direct[1])))
+            elif entry:
+                sources.append(Source(entry=True))
+            else:
+                sources.append(_constant(call, use, same, flow.batch, other.batch))
+        messages = tuple(i for i, end in enumerate(found.ends) if end.target == index)
+        states = tuple((i, out[1]) for i, out in enumerate(found.outs) if out[0] == index)
+        nodes.append(
+            Node(
+                call.path,
+                (call.module,),
+                tuple(sources),
+                messages,
+                states,
+                found.entry_of(index),
+                call.nested,
+            )
+        )
+    return Wiring(tuple(nodes), len(found.ends), found.copies_entry, found.copies_outs, found.rest)
 
 
-def _rowwise(path: str, leaf: Any, twin: Any, batches: tuple[int, int]) -> bool:
-    if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape == twin.shape:
-        return False
-    if (leaf.shape[0], twin.shape[0]) == batches and leaf.shape[1:] == twin.shape[1:]:
-        return True
-    raise AttachError(
-        f"{path!r} is given a tensor that depends on the batch in a way that cannot be split by samples: "
-        f"{tuple(leaf.shape)} for {batches[0]} samples and {tuple(twin.shape)} for {batches[1]}."
-    )
+def _constant(call: Call, use: Any, same: Any, batch: int, other: int) -> Source:
+    if isinstance(use, Use):
+        return Source(rows=_rows(call, use.shape, same.shape, batch, other))
+    if isinstance(use, int) and not isinstance(use, bool) and use != same:
+        if use % batch == 0 and use // batch * other == same:
+            return Source(count=use // batch)
+        raise Refusal(f"{call.path!r} is given a number that depends on the batch: {use} and {same}.")
+    return Source()
+
+
+def _rows(call: Call, shape: Any, same: Any, batch: int, other: int) -> int:
+    try:
+        return rows_per_sample(shape, same, batch, other)
+    except ValueError as error:
+        raise Refusal(
+            f"{call.path!r} is given a tensor that depends on the batch in a way that cannot be split by "
+            f"samples: {error}"
+        ) from None

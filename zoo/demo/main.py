@@ -17,14 +17,15 @@ from twnn_plugin import __version__
 from ..data import Batches, DataSplits, load_data
 from ..errors import ConfigError
 from .contest import BUDGET, CONTESTANTS, Entry, compete, summary
-from .plots import plot_curve, plot_histogram, plot_images, plot_traces
-from .report import Table, contest_table, curve_table, render, solver_table
+from .plots import plot_curve, plot_histogram, plot_images, plot_strings, plot_traces
+from .report import Table, contest_table, curve_table, render, solver_table, string_table
+from .strings import TRAINED_ON, read_strings
 from .swap import TRACE_TOL, difficulty, every_solver, samples, threshold_curve, traces
 
 __all__ = ["run"]
 
 SEEDS = 3
-FILES = ("report.md", "metrics.json", "residuals.png", "steps.png", "images.png", "budget.png")
+FILES = ("report.md", "metrics.json", "residuals.png", "steps.png", "images.png", "budget.png", "strings.png")
 
 
 def run(out: Path, seed: int = 0, quick: bool = False, console: Any = None) -> dict[str, Any]:
@@ -56,12 +57,16 @@ def run(out: Path, seed: int = 0, quick: bool = False, console: Any = None) -> d
             _say(console, f"seed {each}: training {contestant.title} ({contestant.model})")
             runs.append(compete(contestant, data, each, quick, console))
     figures = _figures(entries, data, out, console)
+    _say(console, f"second act: strings of {TRAINED_ON} bits, then longer ones")
+    figures["strings"] = read_strings(seed, quick, console)
+    plot_strings(figures["strings"], out / "strings.png")
     figures["provenance"] = _provenance(seed, quick)
     _write(out / "report.md", render(figures))
     _write(out / "metrics.json", json.dumps(figures, indent=2) + "\n")
     _show(console, "Three networks, medians", contest_table(figures["contest"], ranges=False))
     _show(console, "The trained wormhole under every solver", solver_table(figures["solvers"]))
     _show(console, "The gate's threshold, moved after training", curve_table(figures["curve"]))
+    _show(console, "Trained on 32 bits, read at any length", string_table(figures["strings"]))
     _say(console, f"report and plots: {out / 'report.md'}")
     return figures
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .swap import Samples
 
-__all__ = ["plot_curve", "plot_histogram", "plot_images", "plot_traces"]
+__all__ = ["plot_curve", "plot_histogram", "plot_images", "plot_strings", "plot_traces"]
 
 _NATIVE = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d5a97", "#c77d0a")
 _BRIDGED = ("#8a8a8a", "#b0a08a", "#6f7f8f", "#a98fb0")
@@ -115,4 +115,43 @@ def plot_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("test accuracy, %")
     axes.set_title("The share of images that think longer is a setting (gate threshold, after training)")
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_strings(found: dict[str, Any], path: Path) -> None:
+    """Steps against the length of the strings, and how many strings both nets read without a mistake."""
+    rows = found["rows"]
+    bits = [row["bits"] for row in rows]
+    figure = Figure(figsize=(9.6, 3.8))
+    left, right = figure.subplots(1, 2)
+    steps = [row["wormhole"] for row in rows]
+    left.fill_between(
+        bits,
+        [s["least_steps"] for s in steps],
+        [s["most_steps"] for s in steps],
+        color="#1b6ca8",
+        alpha=0.2,
+        label="fewest to most",
+    )
+    left.plot(bits, [s["mean_steps"] for s in steps], marker="o", color="#1b6ca8", label="mean")
+    left.set_ylabel("steps until settled")
+    left.set_title("Longer strings take more steps")
+    left.legend(fontsize=8, frameon=False)
+    for name, label, colour in (
+        ("wormhole", "wormhole net", "#1b6ca8"),
+        ("feed_forward", "feed-forward net", "#8a8a8a"),
+    ):
+        right.plot(bits, [100 * row[name]["right"] for row in rows], marker="o", color=colour, label=label)
+    right.axvline(found["trained_on"], color="black", linewidth=0.8, linestyle=":")
+    right.text(found["trained_on"], 50, " trained on", fontsize=8)
+    right.set_ylabel("strings entirely right, %")
+    right.set_ylim(-5, 105)
+    right.set_title("What was learnt holds beyond the training")
+    right.legend(fontsize=8, frameon=False, loc="center right")
+    for axes in (left, right):
+        axes.set_xlabel("bits")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(bits, [str(b) for b in bits])
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
     _save(figure, path)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["contest_table", "curve_table", "markdown", "render", "solver_table"]
+__all__ = ["contest_table", "curve_table", "markdown", "render", "solver_table", "string_table"]
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -88,6 +88,22 @@ def curve_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     ]
 
 
+def string_table(found: Mapping[str, Any]) -> Table:
+    """Both nets of the second act, by length of the strings."""
+    head = ("bits", "wormhole: all right", "settled", "steps", "feed-forward: all right", "bits right")
+    return head, [
+        (
+            str(row["bits"]),
+            _percent(row["wormhole"]["right"]),
+            _percent(row["wormhole"]["converged"]),
+            _number(row["wormhole"]["mean_steps"]),
+            _percent(row["feed_forward"]["right"]),
+            _percent(row["feed_forward"]["positions_right"]),
+        )
+        for row in found["rows"]
+    ]
+
+
 def markdown(table: Table) -> str:
     """A table in Markdown."""
     head, rows = table
@@ -157,4 +173,25 @@ is {hardness["loss_iterated"]} on the images that the wormhole network iterated 
 {markdown(curve_table(figures["curve"]))}
 
 ![accuracy against share](budget.png)
+
+{render_strings(figures["strings"])}"""
+
+
+def render_strings(found: Mapping[str, Any]) -> str:
+    """The second act: strings of bits."""
+    ours, plain = found["models"]["wormhole"], found["models"]["feed_forward"]
+    return f"""# Second act: trained on {found["trained_on"]} bits, read at any length
+
+Is the number of 1s so far odd or even, at every place of a string (prefix sums, Schwarzschild et al. 2021)?
+Both nets saw strings of {found["trained_on"]} bits alone, {ours["updates"]} updates, seed {found["seed"]}:
+`{ours["model"]}` ({ours["parameters"]:,} parameters, {ours["train_seconds"]:.0f} s) and the feed-forward
+`{plain["model"]}` ({plain["parameters"]:,} parameters, {plain["train_seconds"]:.0f} s). The wormhole net
+iterates until no place changes any more; nobody tells it when.
+
+{markdown(string_table(found))}
+
+All right: strings without one mistake, of {found["rows"][0]["wormhole"]["samples"]} at every length. Bits
+right: half would be chance. Steps grow with the length; what the bits are hardly matters.
+
+![steps and accuracy against length](strings.png)
 """

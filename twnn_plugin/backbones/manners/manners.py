@@ -1,0 +1,163 @@
+"""What a model with wormholes does differently when timm's tools call on it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ...errors import AttachError
+from ..span import AttachedGroup, spans
+from ..trace import candidates
+from . import checkpointing
+from .intermediates import settled_taps
+
+__all__ = ["Manners", "adopt"]
+
+
+class Manners:
+    """Methods that stand in front of a model's own, on one instance.
+
+    Args:
+        model: the model, wormholes attached.
+        child: name of the child that holds the wormholes.
+        stages: paths of its stages, in order, as ``feature_info`` has them.
+    """
+
+    def __init__(self, model: nn.Module, child: str, stages: Sequence[str]):
+        self.model = model
+        self.child = child
+        self.stages = tuple(stages)
+
+    def own(self, name: str) -> Callable[..., Any] | None:
+        """The method of the model's class that is stood in for, bound; None if it has none."""
+        method = getattr(type(self.model), name, None)
+        return None if method is None else method.__get__(self.model)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the model's blocks again in the backward pass instead of keeping their activations.
+
+        Inside of spans and outside of them, in the open-loop pass and in differentiated evaluations alike. No
+        solve is repeated; each product of a backward solve computes the span's blocks once more. Running
+        statistics are counted once a forward pass.
+        """
+        holder = self.model.get_submodule(self.child)
+        checkpointing.switch(checkpointing.blocks(self.model, (holder,)), enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone, the wormholes' included.
+
+        Of these every scale, bias and norm, that is all of at most one axis.
+        """
+        own = self.own("no_weight_decay")
+        holder = self.model.get_submodule(self.child)
+        mine = {f"{self.child}.{name}" for name, p in holder.named_parameters() if p.dim() <= 1}
+        return mine | set(own() if own is not None else ())
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Features of the model's stages, as in timm; those inside of a span at its fixed point.
+
+        With open rows the spans are evaluated once more, at the solution. Where ``stop_early`` would stop
+        inside of a span, the pass goes on to its end.
+        """
+        own = self.own("forward_intermediates")
+        assert own is not None
+        given = inspect.signature(own).bind(*args, **kwargs)
+        if given.arguments.get("stop_early") and self._inside(given.arguments.get("indices")):
+            given.arguments["stop_early"] = False
+        return self._settled(lambda: own(*given.args, **given.kwargs))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The features of a model made with ``features_only``; those inside of a span at its fixed point."""
+        own = self.own("forward")
+        assert own is not None
+        return self._settled(lambda: own(*args, **kwargs))
+
+    def refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of ``forward_intermediates`` where spans of both modes would have to be gathered from."""
+        raise AttachError(
+            "This model has spans that are replayed and one for which the forward is run again, whose "
+            "activations cannot be gathered settled in one pass. Attach wormholes of one mode; "
+            "twnn_plugin.spans(model) says which each has."
+        )
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """Remove the layers behind the last wanted one, as in timm.
+
+        Raises:
+            AttachError: a wormhole's span would lose a part; the model is as it was.
+        """
+        own = self.own("prune_intermediate_layers")
+        assert own is not None
+        for group in self._groups():
+            lost = self._lost(group, args, kwargs)
+            if lost:
+                raise AttachError(
+                    f"Pruning would remove {lost!r}, a part of span {group.name!r}. Keep the stages up to "
+                    "the end of the span, or attach the wormhole to the pruned model."
+                )
+        return own(*args, **kwargs)
+
+    def _lost(self, group: AttachedGroup, args: Any, kwargs: Any) -> str | None:
+        """The path of a module of the group that pruning removes; found on a copy that shares the weights."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+        twin = copy.deepcopy(self.model, memo)
+        type(self.model).prune_intermediate_layers(twin, *args, **kwargs)  # pyright: ignore
+        left = {id(module) for module in twin.modules()}
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        gone = [m for m in group.program.modules() if id(memo.get(id(m))) not in left]
+        return paths[id(gone[0])] if gone else None
+
+    def _groups(self) -> list[AttachedGroup]:
+        return list(dict.fromkeys(span.group for span in spans(self.model)))
+
+    def _settled(self, run: Callable[[], Any]) -> Any:
+        nodes = list(candidates(self.model, self.stages).values())
+        return settled_taps(self.model, self._groups(), nodes, run)
+
+    def _inside(self, indices: int | Sequence[int] | None) -> bool:
+        """Whether the last wanted stage lies inside of a span, before its end."""
+        count = len(self.stages)
+        if indices is None or isinstance(indices, int):
+            return False  # the last stages are wanted: nothing is left to stop for
+        last = self.stages[max(index % count for index in indices)]
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        for group in self._groups():
+            *inner, end = [paths[id(module)] for module in group.program.modules()]
+            if any(_within(path, last) for path in inner) and not _within(end, last):
+                return True
+        return False
+
+
+def _within(path: str, stage: str) -> bool:
+    return path == stage or path.startswith(stage + ".") or stage.startswith(path + ".")
+
+
+def adopt(
+    model: nn.Module, child: str, stages: Sequence[str], checkpoint: bool = False, features: bool = False
+) -> None:
+    """Give a model the manners that timm's tools expect, wormholes included.
+
+    Args:
+        model: the model, wormholes attached.
+        child: name of the child that holds them.
+        stages: paths of its stages, in order.
+        checkpoint: whether it checkpointed before.
+        features: whether its output is a list of features (``features_only``).
+    """
+    manners = Manners(model, child, stages)
+    names = ["set_grad_checkpointing", "no_weight_decay"]
+    names += [n for n in ("forward_intermediates", "prune_intermediate_layers") if hasattr(type(model), n)]
+    for name in names + ["forward"] * features:
+        if name not in vars(model):
+            setattr(model, name, getattr(manners, name))
+        elif len({span.mode for span in spans(model)}) > 1:
+            setattr(
+                model, name, manners.refuse
+            )  # a span that is run again gathers by itself, for itself alone
+    if checkpoint:
+        manners.set_grad_checkpointing(True)
