@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import timm
@@ -45,18 +46,19 @@ class TimmBackbone(Backbone):
         return found if len(found) > 1 else (_numbered(model, declared) or found)
 
     def example(self, model: nn.Module, batch: int) -> Tensor:
-        return self._example(model, batch, _SMALL)
+        return self._example(model, batch, _SMALL, 1)
 
     def examples(self, model: nn.Module, batches: Sequence[int]) -> Iterator[Sequence[Tensor]]:
         sizes = [_SMALL, 4 * _SMALL, None]  # some need more pixels than they say; None: what they say
+        folds = [1, 16, 4]  # a first convolution may see blocks of 4x4 or 2x2 pixels as channels
         tried: list[torch.Size] = []
-        for size in sizes:
-            inputs = [self._example(model, batch, size) for batch in batches]
+        for fold, size in product(folds, sizes):
+            inputs = [self._example(model, batch, size, fold) for batch in batches]
             if inputs[0].shape not in tried:
                 tried.append(inputs[0].shape)
                 yield inputs
 
-    def _example(self, model: nn.Module, batch: int, small: int | None) -> Tensor:
+    def _example(self, model: nn.Module, batch: int, small: int | None, fold: int) -> Tensor:
         declared: Any = model.pretrained_cfg
         config: dict[str, Any] = declared or {}
         channels, height, width = config.get("input_size", (3, 224, 224))
@@ -65,6 +67,7 @@ class TimmBackbone(Backbone):
         modules = dict(model.named_modules())
         if first:
             channels = getattr(modules.get(self.path(model, first)), "in_channels", channels)
+            channels = max(1, channels // fold)
         patches = modules.get(self.path(model, "patch_embed"))
         size = getattr(patches, "img_size", None)
         if size:
