@@ -289,6 +289,16 @@ def test_any_module_with_stages():
         tw.attach(Encoder(), stages=["layers.0", "layers.1"], example=torch.randn(2, 3))
 
 
+def test_a_stage_called_by_a_number_comes_before_an_index():
+    def chain():
+        return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+
+    given = {"stages": ["0", "2"], "example": torch.zeros(2, 3)}
+    named = tw.attach(chain(), wormholes="2->0", **given)
+    counted = tw.attach(chain(), wormholes="-1->0", **given)
+    assert tw.spans(named)[0].span == tw.spans(counted)[0].span == "2->0"
+
+
 def test_arguments_that_were_not_there_when_attaching_are_not_ignored():
     model = timm.create_model("vit_tiny_patch16_224", num_classes=2, depth=3, img_size=32)
     tw.attach(model.eval(), wormholes="2->1", policy="always")

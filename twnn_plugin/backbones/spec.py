@@ -106,7 +106,8 @@ def _end(end: str, stages: Sequence[Stage], paths: Sequence[str], last: bool) ->
     names = [stage.name for stage in stages]
     if end.startswith("/"):
         return _reduced(end, stages, last)
-    if end.lstrip("-").isdigit():
+    # The modules of a Sequential are called "0", "1", ...: a stage of that name comes before an index.
+    if end.lstrip("-").isdigit() and end not in names:
         index = int(end)
         if not -len(names) <= index < len(names):
             raise UnknownNameError(
