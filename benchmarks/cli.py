@@ -122,8 +122,21 @@ def main(
     if name == "gpu" and context.get_parameter_source("device") == ParameterSource.DEFAULT:
         device = "cuda"
     settings = Settings(device, quick, seeds, threads, only, budget)
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks", *_without_folders(sys.argv[1:])])
     run(find(name), settings, out=out, resume=resume, command=command, console=console)
+
+
+def _without_folders(words: list[str]) -> list[str]:
+    """The command as anyone would give it: the folder of its results is no part of it."""
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word in ("--out", "--resume"):
+            skip = True
+        elif not word.startswith(("--out=", "--resume=")):
+            kept.append(word)
+    return kept
 
 
 def _list(console: Console) -> None:

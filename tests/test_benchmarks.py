@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import twnn_plugin as tw
-from benchmarks.cli import main
+from benchmarks.cli import _without_folders, main
 from benchmarks.harness import (
     BenchError,
     Benchmark,
@@ -221,6 +221,23 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     assert all(c["status"] == "ok" for c in load(folder)["cells"])
 
 
+def test_a_recorded_command_names_no_folder():
+    words = ["toy", "--out", "somewhere", "--seeds", "0,1", "--resume=elsewhere", "--only", "cell0"]
+    assert _without_folders(words) == ["toy", "--seeds", "0,1", "--only", "cell0"]
+
+
+def test_a_run_of_some_cells_can_be_given_more_of_them(tmp_path):
+    toy, folder = Toy(), tmp_path / "toy"
+    run(toy, Settings(only=("cell2",)), out=folder)
+    run(toy, Settings(only=("cell2", "cell0"), seeds=(0, 1)), resume=folder)
+    assert toy.ran == ["cell2", "cell0"]
+    assert [c["key"] for c in load(folder)["cells"]] == ["cell0", "cell2"]
+    changed = Toy()
+    changed.cells = lambda settings: [Cell(f"cell{k}", {"k": k + 1}) for k in range(3)]  # type: ignore[method-assign]
+    with pytest.raises(BenchError, match="would not keep"):
+        run(changed, Settings(), resume=folder)
+
+
 def interrupt_at(work, key):
     def wrapped(cell, settings):
         if cell.key == key:
@@ -235,8 +252,10 @@ def test_runs_that_cannot_be_resumed_or_written_are_refused(tmp_path):
     run(Toy(), Settings(), out=folder)
     with pytest.raises(BenchError, match="already holds a result"):
         run(Toy(), Settings(), out=folder)
-    with pytest.raises(BenchError, match="--seeds"):
-        run(Toy(), Settings(seeds=(1,)), resume=folder)
+    with pytest.raises(BenchError, match="--budget"):
+        run(Toy(), Settings(budget=2.0), resume=folder)
+    with pytest.raises(BenchError, match=r"2 finished.*such as cell0"):
+        run(Toy(), Settings(only=("cell1",)), resume=folder)
     with pytest.raises(BenchError, match="Nothing to resume"):
         run(Toy(), Settings(), resume=tmp_path)
     with pytest.raises(BenchError, match=r"fits no cell.*cell0, cell1"):

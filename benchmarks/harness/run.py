@@ -28,7 +28,7 @@ from .provenance import provenance
 __all__ = ["load", "run", "to_markdown"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-_MUST_MATCH = ("device", "quick", "seeds", "threads", "only", "budget")
+_MUST_MATCH = ("device", "quick", "threads", "budget")
 
 
 def run(
@@ -46,7 +46,8 @@ def run(
         benchmark: what to run.
         settings: how.
         out: folder for the results; None: a dated one in ``benchmarks/results``.
-        resume: folder of a run that was interrupted, or has failed cells; its finished cells stay.
+        resume: folder of a run that was interrupted, has failed cells, or is to get more of them (``seeds``
+            and ``only`` may ask for more than they did); its finished cells stay.
         command: recorded as given.
         console: where progress and tables go.
 
@@ -62,6 +63,7 @@ def run(
     cells = _chosen(benchmark.cells(settings), settings)
     folder = resume or out or _dated(benchmark, settings)
     done = _finished(folder, benchmark, settings) if resume else {}
+    _check_kept(folder, done, cells)
     if not resume and (folder / "result.json").exists():
         raise BenchError(f"{folder} already holds a result. Choose another --out, or --resume {folder}.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +168,17 @@ def _finished(folder: Path, benchmark: Benchmark, settings: Settings) -> dict[st
 def load(folder: Path) -> dict[str, Any]:
     """The ``result.json`` of a folder."""
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def _check_kept(folder: Path, done: dict[str, Any], cells: list[Cell]) -> None:
+    """Every finished cell must be one of the cells asked for, made with the same options."""
+    asked = {cell.key: json.loads(json.dumps(cell.options)) for cell in cells}
+    lost = [key for key, record in done.items() if asked.get(key) != record["options"]]
+    if lost:
+        raise BenchError(
+            f"{folder} holds {len(lost)} finished cell(s) that this run would not keep, such as {lost[0]}: "
+            "ask for all of its --seeds and --only, and more, or start afresh."
+        )
 
 
 def _write(
