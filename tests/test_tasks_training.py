@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from zoo.cli import main
 from zoo.errors import ConfigError
@@ -181,3 +183,67 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, args, said
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     assert said in result.stderr
     assert not list(tmp_path.glob("output/*/*"))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"buffer": 16, "fresh": 0.5, "drop": 0.2, "jacobian_from": 0.0},
+        {"method": "progressive", "graded": (2, 4)},
+        {"model": "twnn_maze", "size": 5, "select": 2},
+    ],
+)
+def test_an_interrupted_training_goes_on_to_the_same_weights(changes, tmp_path):
+    changes = {"model": "twnn_prefix", "updates": 9, "batch_size": 8, "size": 16, **changes}
+    recipe = recipe_for(changes.pop("model"), **changes)
+    whole, path = train_task(recipe), tmp_path / "state.pth"
+
+    def keep(state):
+        torch.save(state, path)
+        raise Stop
+
+    with pytest.raises(Stop):
+        train_task(recipe, save=keep, save_every=5)
+    torch.manual_seed(77)
+    state = torch.load(path, weights_only=True)
+    assert state["updates"] == 5
+    seen = []
+    resumed = train_task(recipe, state=state, callback=lambda done, _: seen.append(done))
+    assert seen == [6, 7, 8, 9]
+    assert torch.equal(weights(whole), weights(resumed)) and whole.losses == resumed.losses
+    with pytest.raises(ConfigError, match=r"other settings \(lr\)"):
+        train_task(replace(recipe, lr=1e-4), state=state)
+
+
+def test_resume_from_the_command_line(tmp_path, monkeypatch):
+    import zoo.tasks.training as training
+
+    words = ["train", "--model", "twnn_prefix", "--bits", 16, "--batch-size", 8, "--updates", 6]
+    plain = twnn(*words, "--output", tmp_path / "plain")
+    assert plain.exit_code == 0, plain.output
+    before = training._Training.update
+
+    def interrupted(self):
+        before(self)
+        if self.done == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "update", interrupted)
+        stopped = twnn(*words, "--output", tmp_path / "run")
+    assert stopped.exit_code == 130 and (tmp_path / "run" / "last.pth.tar").exists()
+    again = twnn(*words, "--output", tmp_path / "run")
+    assert again.exit_code == 2 and "--resume auto" in again.output
+    other = twnn(*words, "--output", tmp_path / "run", "--resume", "auto", "--seed", 5)
+    assert other.exit_code == 2 and "other settings (seed)" in other.output
+    nothing = twnn("train", "--model", "twnn_prefix", "--resume", tmp_path / "plain")
+    assert nothing.exit_code == 2 and "There is no checkpoint" in nothing.output
+    resumed = twnn("train", "--model", "twnn_prefix", "--resume", tmp_path / "run")
+    assert resumed.exit_code == 0, resumed.output
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "run"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert not (tmp_path / "run" / "last.pth.tar").exists()

@@ -7,7 +7,7 @@ import pickle
 import random
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,18 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         raise ValueError(str(error)) from None
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, keys: Sequence[str] = _RUN_KEYS) -> dict[str, Any]:
     """The state of a run as :func:`save_checkpoint` wrote it, on the CPU.
+
+    Args:
+        path: the file.
+        keys: what it must hold.
 
     Raises:
         CheckpointError: missing, corrupt, or not written by a training run of ours.
     """
     state = _read(path)
-    missing = [key for key in _RUN_KEYS if key not in state]
+    missing = [key for key in keys if key not in state]
     if missing:
         raise CheckpointError(
             f"{path} cannot be resumed: it has no {', '.join(missing)}. It may hold bare weights; "

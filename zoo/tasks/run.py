@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from torch import nn
 
 import twnn_plugin as tw
 
-from ..checkpoint import read_weights
+from ..checkpoint import LAST, load_checkpoint, read_weights, save_checkpoint
 from ..data import DataSplits
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..models.reasoning import WEIGHTS
 from ..progress import Bar
 from ..runlog import METRICS, prepare_folder
@@ -26,9 +28,9 @@ from .catalog import Task, find_task, task_of_model
 from .examples import Examples
 from .files import read_examples
 from .images import pathfinder_splits
-from .recipe import recipe_for
+from .recipe import Recipe, recipe_for
 from .scoring import score
-from .training import train_task
+from .training import Trained, train_task
 from .weights import save_weights
 
 __all__ = [
@@ -49,6 +51,7 @@ SOLVE_OPTIONS = ("solver", "adjoint", "tol", "max_iter", "stop", "norm")
 WEIGHTS_FILE = "model.safetensors"
 _SAMPLES = 1000
 _LINE_EVERY = 50
+_STATE = ("recipe", "updates", "state_dict", "state_dict_ema", "optimizer", "losses", "rng", "random", "data")
 _PIXELS_AT_A_TIME = 2**19
 
 
@@ -82,41 +85,88 @@ def train_from_options(options: Mapping[str, Any], given: Mapping[str, Any], con
     Raises:
         ConfigError: a setting that these trainings do not have, or an impossible one.
     """
-    model = options["model"]
-    changes = _changes(given)
+    model, changes = options["model"], _changes(given)
     recipe = recipe_for(model, **changes)
     task = find_task(recipe.task)
     if given.get("dataset") not in (None, task.name):
         raise ConfigError(f"{model} is trained on {task.name}; got --dataset {given['dataset']}.")
     size = task_size(task, options, recipe.size)
     recipe = recipe_for(model, **changes, size=size)
-    output = Path(options["output"] or Path("output") / f"{model}-{task.name}")
-    prepare_folder(output)
-    if (output / WEIGHTS_FILE).exists():
-        raise ConfigError(f"{output} already holds a run. Choose another --output.")
-    data = None if options["data_dir"] is None else _files(task, options["data_dir"], size)
+    output, state = _folder(options, f"{model}-{task.name}")
+    if state is not None:
+        saved = Recipe.from_dict(state["recipe"])
+        if saved.model != model:
+            raise ConfigError(f"{output} holds a run of {saved.model}, not of {model}.")
+        chosen = {**changes, **({} if options.get(SIZES[task.name]) is None else {"size": size})}
+        recipe = replace(saved, **chosen)  # settings that are not given are those of the run
+    data = None if options["data_dir"] is None else _files(task, options["data_dir"], recipe.size)
+
+    def save(state: dict[str, Any]) -> None:
+        save_checkpoint({**state, "data": _digest(data)}, output / LAST)
+
+    if state is not None and state["data"] != _digest(data):
+        raise ConfigError("The interrupted run had other examples: resume it with the same --data-dir.")
+    trained = train_task(recipe, data=data, console=console, state=state, save=save)
+    return _write(trained, recipe, task, output)
+
+
+def _write(trained: Trained, recipe: Recipe, task: Task, output: Path) -> str:
+    """Weights and figures of a finished run; what to tell the user."""
     lines: list[dict[str, Any]] = []
-
-    def note(update: int, averaged: nn.Module) -> None:
-        if update % _LINE_EVERY == 0 or update == recipe.updates:
-            lines.append({"update": update})
-
-    trained = train_task(recipe, data=data, callback=note, console=console)
-    for line in lines:
-        recent = trained.losses[max(0, line["update"] - _LINE_EVERY) : line["update"]]
-        line["loss"] = sum(recent) / len(recent)
-    validation = task.draw(size, _SAMPLES, recipe.seed, "val")
+    for update in sorted({*range(_LINE_EVERY, recipe.updates + 1, _LINE_EVERY), recipe.updates}):
+        recent = trained.losses[max(0, update - _LINE_EVERY) : update]
+        lines.append({"update": update, "loss": sum(recent) / len(recent)})
+    validation = task.draw(recipe.size, _SAMPLES, recipe.seed, "val")
     figures = score(trained.model, validation).figures()
     (output / "args.json").write_text(json.dumps(recipe.as_dict(), indent=2) + "\n", encoding="utf-8")
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (output / METRICS).write_text(text, encoding="utf-8")
     (output / "validation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     save_weights(trained.model, output / WEIGHTS_FILE)
+    (output / LAST).unlink(missing_ok=True)  # it could only be resumed to what is there now
     return (
-        f"Trained {model} on {task.name} ({size} {task.size}): {recipe.updates} updates in "
+        f"Trained {recipe.model} on {task.name} ({recipe.size} {task.size}): {recipe.updates} updates in "
         f"{trained.seconds:.1f} s, {figures['right']:.2%} of {_SAMPLES} validation examples entirely right. "
-        f"Next: twnn eval --model {model} --checkpoint {output / WEIGHTS_FILE}"
+        f"Next: twnn eval --model {recipe.model} --checkpoint {output / WEIGHTS_FILE}"
     )
+
+
+def _folder(options: Mapping[str, Any], name: str) -> tuple[Path, dict[str, Any] | None]:
+    """The run's folder, and the state to go on from when there is one to resume.
+
+    Raises:
+        ConfigError: the folder holds a finished run, or an interrupted one that nobody asked to resume.
+        CheckpointError: there is nothing to resume at the path that was named, or it is not readable.
+    """
+    resume, output = options["resume"], options["output"]
+    if resume in (None, "auto"):
+        folder = Path(output or Path("output") / name)
+    else:
+        path = Path(resume)
+        folder = path if path.is_dir() else path.parent
+        if output is not None and Path(output).resolve() != folder.resolve():
+            raise ConfigError(f"A resumed run goes on in its own folder {folder}, not in {output}.")
+        if not (folder / LAST).is_file():
+            raise CheckpointError(f"There is no checkpoint {folder / LAST} to resume from.")
+    prepare_folder(folder)
+    if (folder / WEIGHTS_FILE).exists():
+        raise ConfigError(f"{folder} already holds a run that is finished. Choose another --output.")
+    if not (folder / LAST).is_file():
+        return folder, None
+    if resume is None:
+        raise ConfigError(
+            f"{folder} holds an interrupted run. Go on with it (--resume auto), or choose another --output."
+        )
+    return folder, load_checkpoint(folder / LAST, _STATE)
+
+
+def _digest(data: Examples | None) -> str:
+    """What tells one set of examples from another; empty for examples that are drawn."""
+    if data is None:
+        return ""
+    digest = hashlib.sha256(data.inputs.numpy().tobytes())
+    digest.update(data.targets.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _files(task: Task, data_dir: str, size: int) -> Examples:
@@ -127,7 +177,7 @@ def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the recipe, from options of ``twnn train``; refuses those that would do nothing."""
     names = {"clip_grad": "clip", "model_ema_decay": "ema"}
     direct = ("model_kwargs", "batch_size", "lr", "seed", "updates", "method")
-    elsewhere = ("model", "dataset", "output", "data_dir", *SIZES.values())
+    elsewhere = ("model", "dataset", "output", "resume", "data_dir", *SIZES.values())
     changes: dict[str, Any] = {}
     for name, value in given.items():
         if name in direct or name in names:

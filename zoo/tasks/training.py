@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 from twnn_plugin import jacobian_frobenius
 
-from ..errors import TrainingError
+from ..checkpoint import restore_rng, rng_state
+from ..errors import ConfigError, TrainingError
+from ..interrupt import Interruption
 from ..models.reasoning import ReasoningNet
 from ..progress import Bar
 from .catalog import Task, find_task, passes, stream
@@ -53,6 +57,9 @@ def train_task(
     data: Examples | None = None,
     callback: Callable[[int, nn.Module], None] | None = None,
     console: Any = None,
+    state: Mapping[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
+    save_every: int = 200,
 ) -> Trained:
     """Train ``recipe.model``; the same recipe gives the same weights on the same machine.
 
@@ -63,45 +70,120 @@ def train_task(
         data: examples at hand, which are passed over again and again; None: new ones are drawn.
         callback: called with the number of updates done and the averaged model after each update.
         console: a ``rich`` console for a progress bar.
+        state: of an interrupted training with the same recipe and data, as ``save`` was given it: it goes on
+            to the same weights, to the bit.
+        save: called with the state, plain values and tensors, every ``save_every`` updates and on Ctrl-C.
+        save_every: updates.
 
     Raises:
         ConfigError: the method does not suit the model.
         TrainingError: the loss is not finite any more.
+        KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
-    begin = time.perf_counter()
-    torch.manual_seed(recipe.seed)
-    task = find_task(recipe.task)
-    model = timm.create_model(recipe.model, **recipe.model_kwargs).train()
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=_BETAS, weight_decay=0.0)
-    if data is None:
-        batches = stream(task, recipe.size, recipe.batch_size, recipe.seed)
-    else:
-        batches = passes(data, recipe.batch_size, recipe.seed)
-    objective = _objective(recipe, model, batches)
-    losses: list[float] = []
-    best = _Best(recipe, task) if recipe.select else None
-    with Bar(console, f"training {recipe.model}", recipe.updates) as bar:
-        for update in range(recipe.updates):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * _schedule(update, recipe)
-            loss = objective(update)
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise TrainingError(f"The loss is {losses[-1]} after {update} updates; try a smaller lr.")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            _average(averaged, model, min(recipe.ema, (1 + update) / (10 + update)))
-            if best is not None and ((update + 1) % recipe.select == 0 or update + 1 == recipe.updates):
-                best.look(averaged)
+    run = _Training(recipe, data)
+    if state is not None:
+        run.load(state)
+    with Bar(console, f"training {recipe.model}", recipe.updates) as bar, ExitStack() as stack:
+        interruption = stack.enter_context(Interruption()) if save is not None else None
+        bar.advance(run.done)
+        while run.done < recipe.updates:
+            run.update()
             if callback is not None:
-                callback(update + 1, averaged)
+                callback(run.done, run.averaged)
             bar.advance()
-    if best is not None:
-        averaged.load_state_dict(best.weights)
-    return Trained(averaged.eval(), losses, time.perf_counter() - begin)
+            stopped = interruption is not None and interruption.wanted
+            if save is not None and (stopped or run.done % save_every == 0):
+                save(run.state())
+            if stopped:
+                raise KeyboardInterrupt
+    return run.result()
+
+
+class _Training:
+    """A training between two updates."""
+
+    def __init__(self, recipe: Recipe, data: Examples | None):
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.done, self.seconds = recipe, 0, 0.0
+        task = find_task(recipe.task)
+        self.model = timm.create_model(recipe.model, **recipe.model_kwargs).train()
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.lr, betas=_BETAS, weight_decay=0.0
+        )
+        if data is None:
+            self.batches = stream(task, recipe.size, recipe.batch_size, recipe.seed)
+        else:
+            self.batches = passes(data, recipe.batch_size, recipe.seed)
+        self.random = np.random.default_rng([recipe.seed, 4])
+        self.objective = _objective(recipe, self.model, self.batches, self.random)
+        self.losses: list[float] = []
+        self.best = _Best(recipe, task) if recipe.select else None
+
+    def update(self) -> None:
+        """One update of the weights and of their average."""
+        recipe, begin = self.recipe, time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * _schedule(self.done, recipe)
+        loss = self.objective(self.done)
+        self.losses.append(float(loss.detach()))
+        if not math.isfinite(self.losses[-1]):
+            raise TrainingError(f"The loss is {self.losses[-1]} after {self.done} updates; try a smaller lr.")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        self.optimizer.step()
+        _average(self.averaged, self.model, min(recipe.ema, (1 + self.done) / (10 + self.done)))
+        self.done += 1
+        if self.best is not None and (self.done % recipe.select == 0 or self.done == recipe.updates):
+            self.best.look(self.averaged)
+        self.seconds += time.perf_counter() - begin
+
+    def result(self) -> Trained:
+        if self.best is not None:
+            self.averaged.load_state_dict(self.best.weights)
+        return Trained(self.averaged.eval(), self.losses, self.seconds)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next updates depend on but the batches, which are a function of the recipe."""
+        kept = self.objective.kept if isinstance(self.objective, _Phantom) else []
+        best = self.best
+        return {
+            "recipe": self.recipe.as_dict(),
+            "updates": self.done,
+            "seconds": self.seconds,
+            "state_dict": self.model.state_dict(),
+            "state_dict_ema": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": list(self.losses),
+            "rng": rng_state(torch.device("cpu")),
+            "random": json.dumps(self.random.bit_generator.state),
+            "kept": [list(item) for item in kept],
+            "best": None if best is None else {"right": best.right, "weights": dict(best.weights)},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        theirs = Recipe.from_dict(state["recipe"])
+        if theirs != self.recipe:
+            other = [
+                f.name for f in fields(Recipe) if getattr(theirs, f.name) != getattr(self.recipe, f.name)
+            ]
+            raise ConfigError(
+                f"The interrupted training had other settings ({', '.join(other)}): resume it with its own."
+            )
+        self.done, self.seconds, self.losses = state["updates"], state["seconds"], list(state["losses"])
+        self.model.load_state_dict(state["state_dict"])
+        self.averaged.load_state_dict(state["state_dict_ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for _ in range(self.done):  # each update takes one batch
+            next(self.batches)
+        if isinstance(self.objective, _Phantom):
+            self.objective.kept = [(item[0], item[1], item[2]) for item in state["kept"]]
+        if self.best is not None:
+            self.best.right, self.best.weights = state["best"]["right"], dict(state["best"]["weights"])
+        self.random.bit_generator.state = json.loads(state["random"])
+        restore_rng(state["rng"], torch.device("cpu"))
 
 
 class _Best:
@@ -129,7 +211,9 @@ def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
         kept.lerp_(new, 1 - decay)
 
 
-def _objective(recipe: Recipe, model: nn.Module, batches: Iterator[Examples]) -> Callable[[int], Tensor]:
+def _objective(
+    recipe: Recipe, model: nn.Module, batches: Iterator[Examples], random: np.random.Generator
+) -> Callable[[int], Tensor]:
     """The loss of an update, by the recipe's method."""
     from twnn_plugin.errors import OptionError
 
@@ -140,7 +224,6 @@ def _objective(recipe: Recipe, model: nn.Module, batches: Iterator[Examples]) ->
             f"Method {recipe.method!r} iterates the model's step; {recipe.model} has none. Use 'plain' "
             "or 'implicit'."
         )
-    random = np.random.default_rng([recipe.seed, 4])
     if recipe.method == "progressive":
         return lambda update: _progressive(recipe, model, next(batches), random)
     if recipe.method == "unrolled":
