@@ -33,10 +33,9 @@ GRU, LSTM, THROUGH, LAG, END, WITHIN = (
 LONG: tuple[tuple[str, int, Recipe, tuple[str, ...]], ...] = (
     ("adding", 100, Recipe(updates=500), (GRU, LSTM, THROUGH, END, WITHIN)),
     ("digits", 64, Recipe(updates=600, held=180), (GRU, LSTM, THROUGH, END, WITHIN)),
-    ("copy", 100, Recipe(updates=600, batch=32), (GRU, LSTM, THROUGH, LAG)),
-    ("adding", 1000, Recipe(updates=300, batch=32, held=256), (GRU, LSTM, THROUGH)),
-    ("adding", 400, Recipe(updates=500, batch=32, held=256), (GRU, LSTM, THROUGH)),
-    ("fashion_rows", 28, Recipe(updates=800, held=1000), (GRU, LSTM, THROUGH, END, WITHIN)),
+    ("copy", 100, Recipe(updates=500, batch=32), (GRU, LSTM, THROUGH, LAG)),
+    ("copy", 1000, Recipe(updates=300, batch=16, held=64), (GRU, LSTM, THROUGH, LAG)),
+    ("adding", 1000, Recipe(updates=150, batch=32, held=256), (GRU, LSTM, THROUGH)),
 )
 QUICK = (
     ("adding", 20, Recipe(hidden=12, updates=6, batch=8, held=16, looks=3), (GRU, THROUGH, END)),

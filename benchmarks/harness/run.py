@@ -111,7 +111,18 @@ def _run_cells(
                 console.print(traceback.format_exc(), style="dim", markup=False, highlight=False)
             record["wall_s"] = round(time.perf_counter() - begin, 2)
             progress.advance(task)
-            yield record
+            yield rounded(record)
+
+
+def rounded(value: Any) -> Any:
+    """JSON values with floats of six significant digits: more are noise, and fill the files."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(part) for part in value]
+    return value
 
 
 def reason_of(error: BaseException) -> str:
@@ -196,7 +207,7 @@ def _write(
         "claims": [asdict(claim) for claim in benchmark.claims(records)],
         "cells": records,
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "result.json").write_text(_lines(result), encoding="utf-8")
     (folder / "table.md").write_text(_page(benchmark, origin, tables, records), encoding="utf-8")
     plots = benchmark.plots(records, folder)
     for table in tables:
@@ -206,6 +217,18 @@ def _write(
         for note in table.notes:
             console.print(note, style="dim", markup=False, highlight=False)
     console.print(f"{folder}: result.json, table.md" + "".join(f", {plot.name}" for plot in plots))
+
+
+def _lines(result: dict[str, Any]) -> str:
+    """JSON with a line for each cell and claim: small, and still readable in a diff."""
+    short = {"separators": (",", ":")}
+    parts = []
+    for name, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(json.dumps(item, **short) for item in value) + "\n]"
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _page(benchmark: Benchmark, origin: dict[str, Any], tables: list[Table], records: list[Any]) -> str:

@@ -43,8 +43,9 @@ def figure7(cells: list[dict[str, Any]], path: Path) -> Path | None:
         for index, run in enumerate(found.get((adjoint, rate), []) if rate else []):
             style = {**look, "lw": 1.6 if index == 0 else 0.6, "alpha": 1.0 if index == 0 else 0.5}
             label = f"{adjoint}, rate {rate}" if index == 0 else None
-            axes[0].plot(run["norms"], label=label, **style)
-            axes[1].plot(run["losses"], **style)
+            updates = range(1, run["updates"] + 1, run["every"])
+            axes[0].plot(updates, run["norms"], label=label, **style)
+            axes[1].plot(updates, run["losses"], **style)
             if index == 0:
                 axes[2].plot(run["wave"][0], run["wave"][2], **style)
                 wave = run["wave"]

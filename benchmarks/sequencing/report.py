@@ -39,7 +39,7 @@ def waves(cells: Cells) -> dict[tuple[str, str], Cells]:
 def chosen_rate(cells: Cells, adjoint: str) -> str | None:
     """The rate with the lowest median training loss at the end, None without a run."""
     runs = {rate: found for (name, rate), found in waves(cells).items() if name == adjoint}
-    return min(runs, key=lambda rate: median(run["losses"][-1] for run in runs[rate]), default=None)
+    return min(runs, key=lambda rate: median(run["last_loss"] for run in runs[rate]), default=None)
 
 
 def sine_table(cells: Cells) -> Table:
@@ -144,7 +144,7 @@ def _sine_claims(cells: Cells) -> list[Claim]:
         assert rate is not None
         runs = waves(cells)[adjoint, rate]
         worst = max(run["mse"] for run in runs)
-        updates = len(runs[0]["losses"])
+        updates = runs[0]["updates"]
         found.append(
             Claim(
                 f"Sine wave by algorithms 3 and 4, {adjoint}: MSE over the wave after {updates} updates",

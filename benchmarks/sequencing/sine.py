@@ -13,6 +13,7 @@ tenth sample; the error is that of all of them), how the state enters the networ
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ TARGET = 1e-3
 STRIDE = 10
 """Every tenth sample is trained on."""
 
+POINTS = 100
+"""How many updates, and samples of the wave, are kept for the plots, at most."""
+
 
 def train_wave(
     adjoint: str, rate: float, seed: int, samples: int, updates: int, device: str = "cpu"
@@ -42,7 +46,8 @@ def train_wave(
     """Train for so many updates.
 
     Returns:
-        JSON values: loss and gradient norm of each update, the wave generated at the end, the work done.
+        JSON values: loss and gradient norm of every ``every``-th update, the loss of the last one, the wave
+        generated at the end (times, targets, outputs), the work done.
     """
     torch.manual_seed(seed)
     whole = WaveData(*(part.to(device) for part in sine_wave(samples)))
@@ -66,7 +71,8 @@ def train_wave(
         made = model(whole.times)
     final = float(F.mse_loss(made, whole.values))
     reached = next((i + 1 for i, value in enumerate(losses) if value < TARGET), None)
-    shown = slice(None, None, max(1, samples // 200))
+    every = math.ceil(updates / POINTS)
+    shown = slice(None, None, math.ceil(samples / POINTS))
     return {
         "mse": final,
         "reached": reached,
@@ -74,10 +80,13 @@ def train_wave(
         "products": products / (len(wave.times) * updates),
         "rows_not_converged": failed,
         "last_steps": [int(model.last.steps.min()), int(model.last.steps.max())],
-        "losses": [float(f"{value:.4g}") for value in losses],
-        "norms": [float(f"{value:.4g}") for value in norms],
+        "updates": updates,
+        "every": every,
+        "last_loss": losses[-1],
+        "losses": [float(f"{value:.3g}") for value in losses[::every]],
+        "norms": [float(f"{value:.3g}") for value in norms[::every]],
         "wave": [
-            [round(float(value), 4) for value in column[shown].flatten()]
+            [round(float(value), 3) for value in column[shown].flatten()]
             for column in (whole.times, whole.values, made)
         ],
     }
