@@ -111,14 +111,18 @@ def _refused(seen: Survey, source: str, target: str) -> str | None:
     return None
 
 
+_TINY = 1e-3
+_SCALE = 1e-2
+
+
 def prove(name: str, seed: int) -> dict[str, Any]:
     """Attach the cross-stage wormhole to an architecture for real, and compare it with the plain network.
 
     Returns:
         ``mode``: ``"replay"`` or ``"rerun"``; ``identical``: whether the closed network's output is the plain
         one's to the bit; ``keys``: whether its state dict has the plain one's keys; ``moved``: by how much,
-        relative to its norm, a message of scale 0.001 moves the output with the gate open; ``finite``:
-        whether that output is.
+        relative to its norm, a message of scale 0.01 moves the output with the gate open; ``finite``:
+        whether that output is; ``settled``: whether every sample did, since others keep the open-loop value.
     """
     torch.manual_seed(seed)
     model = timm.create_model(name).eval()
@@ -127,16 +131,19 @@ def prove(name: str, seed: int) -> dict[str, Any]:
         known = backbone.stages(model)
         stages = _called(survey(model, backbone, known, ()), known)
     stages = stages if len(stages) > 1 else [stage.name for stage in known]
-    before = [key for key in model.state_dict()]
-    tw.attach(model, wormholes=f"{stages[-1]}->{stages[1]}", scale=1e-3)
-    (span,) = tw.spans(model)
     images = _images(model, backbone)
+    images = torch.randn(2, *images.shape[1:])
+    _enliven(model, images)
+    before = [key for key in model.state_dict()]
+    tw.attach(model, wormholes=f"{stages[-1]}->{stages[1]}", scale=_SCALE)
+    (span,) = tw.spans(model)
     with torch.no_grad():
         with asleep(model):
             plain = _flat(model(images))
         closed = _flat(model(images))
-        tw.configure(model, policy="always", tol=1e-5)
+        tw.configure(model, policy="always", tol=1e-4, max_iter=100)
         opened = _flat(model(images))
+        settled = bool((tw.report(model)[0].status == tw.Status.converged).all())
     kept = [key for key in model.state_dict() if not key.startswith("wormholes.")] == before
     return {
         "mode": span.mode,
@@ -144,7 +151,35 @@ def prove(name: str, seed: int) -> dict[str, Any]:
         "keys": kept,
         "moved": float((opened - plain).norm() / plain.norm().clamp_min(1e-12)),
         "finite": bool(torch.isfinite(opened).all()),
+        "settled": settled,
     }
+
+
+def _enliven(model: nn.Module, images: Tensor) -> None:
+    """Let signals through an untrained network, as a trained one does, so that a wormhole can be seen to act.
+
+    Fresh batch normalisation divides by 1 whatever the activations are, layer scales begin near 0, and many
+    classifiers at 0: after twenty layers nothing is left that the logits would show.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and float(parameter.abs().max()) <= _TINY:
+                if parameter.dim() > 1:
+                    nn.init.normal_(parameter, std=0.02)
+                elif float(parameter.min()) > 0:  # a layer scale; biases are 0
+                    parameter.fill_(0.1)
+    kept = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        with torch.no_grad(), asleep(model):
+            model(images)
+    finally:
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.eval()
+            norm.momentum = momentum
 
 
 def _images(model: nn.Module, backbone: TimmBackbone) -> Tensor:

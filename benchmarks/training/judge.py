@@ -57,7 +57,7 @@ class Unsure(Policy):
 
 def entropy(logits: Tensor) -> Tensor:
     """(N,) in nats."""
-    return torch.distributions.Categorical(logits=logits).entropy()
+    return torch.distributions.Categorical(logits=logits.float()).entropy()
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,9 @@ _FASHION = Task(
         Arm("longer", "plain, twice the training", factor=2.0),
         Arm(
             "wormhole",
-            "with a wormhole",
-            opening=Opening("layer3->layer2", (1, 2), closed_weight=0.2, share=0.15),
+            "with a wormhole, attached late",
+            factor=1.6,
+            opening=Opening("layer3->layer2", (1, 2), begins=0.7, closed_weight=0.1, share=0.15),
         ),
     ),
 )
@@ -202,7 +203,8 @@ def parts(dataset: str, img_size: int | None, rows: int | None, quick: bool) -> 
         if images.shape[-1] != data.spec.img_size:
             size = (data.spec.img_size, data.spec.img_size)
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        images = (images - data.spec.mean[0]) / data.spec.std[0]
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.spec.mean, data.spec.std))
+        images = (images - mean) / std
         images = images.contiguous(memory_format=torch.channels_last)
         known = {}
         if isinstance(split, ClutterSplit):
