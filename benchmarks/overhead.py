@@ -1,9 +1,11 @@
 """``overhead``: what a wormhole costs where it is closed, and what one replay costs where it is open.
 
-``closed``: the forward of a timm model in eval mode with a closed wormhole against the plain one; the
-logits must be the same bits. ``open``: one replay of the span against its modules called one by one, one
-evaluation of the solved map (the replay with its message) likewise, and the multiply-adds that ``tw.report``
-says against a count in the layers.
+``closed``: the forward of a timm model in eval mode with a closed wormhole against the plain one, in seconds
+and, which no machine's mood changes, in operations and in the times that the host waits for a value; the
+logits must be the same bits. Each architecture at its own size of image and at a small one, where fixed
+costs show, one image at a time and many. ``open``: one replay of the span against its modules called one by
+one, one evaluation of the solved map (the replay with its message) likewise, and the multiply-adds that
+``tw.report`` says against a count in the layers.
 """
 
 from __future__ import annotations
@@ -32,16 +34,19 @@ from .harness import (
     spread_of,
 )
 from .wormhole_cost import pages
+from .wormhole_cost.operations import operations
 from .wormhole_cost.spans import Span, counted_multiply_adds, span_of
 
 __all__ = ["Overhead"]
 
-MODELS: dict[str, dict[int, dict[str, Any]]] = {
-    "resnet18": {64: {}, 224: {}},
-    "convnext_atto": {64: {}, 224: {}},
-    "vit_tiny_patch16_224": {64: {"img_size": 64}, 224: {}},
+SMALL = 64
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet18": {},
+    "convnext_atto": {},
+    "vit_tiny_patch16_224": {"img_size": SMALL},
+    "mobilenetv3_small_100": {},
 }
-"""Options by the side of the image, a small one and the usual one."""
+"""Architectures, and their options for images of ``SMALL`` pixels a side."""
 BATCHES = (1, 32)
 
 
@@ -58,12 +63,12 @@ class Overhead(Benchmark):
                 {"kind": kind, "model": model, "side": side, "batch": batch, "seed": settings.seeds[0]},
             )
             for kind in ("closed", "open")
-            for model, sides in MODELS.items()
-            for side in sides
+            for model in MODELS
+            for side in (SMALL, _usual(model))
             for batch in BATCHES
         ]
         return (
-            [c for c in found if c.options["side"] == 64 and c.options["batch"] == 1]
+            [c for c in found if c.options["side"] == SMALL and c.options["batch"] == 1]
             if settings.quick
             else found
         )
@@ -71,9 +76,8 @@ class Overhead(Benchmark):
     def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
         options = cell.options
         torch.manual_seed(options["seed"])
-        plain = timm.create_model(
-            options["model"], num_classes=10, **MODELS[options["model"]][options["side"]]
-        ).eval()
+        small = MODELS[options["model"]] if options["side"] == SMALL else {}
+        plain = timm.create_model(options["model"], num_classes=10, **small).eval()
         images = torch.randn(options["batch"], 3, options["side"], options["side"]).to(settings.device)
         attached = tw.attach(copy.deepcopy(plain), "auto").eval().to(settings.device)
         plain.to(settings.device)
@@ -88,8 +92,15 @@ class Overhead(Benchmark):
         with torch.no_grad():
             same = torch.equal(plain(images), attached(images))
         closed = not bool(tw.report(attached)[0].open.any())
+        counted = {"plain": operations(plain, images), "closed": operations(attached, images)}
         runs = {"plain": lambda: plain(images), "closed": lambda: attached(images)}
-        return {"same_bits": same, "closed": closed, **_against("plain", runs, settings, budget)}
+        return {
+            "same_bits": same,
+            "closed": closed,
+            "operations": {name: calls for name, (calls, _) in counted.items()},
+            "waits": {name: waits for name, (_, waits) in counted.items()},
+            **_against("plain", runs, settings, budget),
+        }
 
     @staticmethod
     def _open(
@@ -101,11 +112,12 @@ class Overhead(Benchmark):
             difference = float((span.direct() - span.replay()).abs().max())
             counted = counted_multiply_adds(plain, attached, span)
         (record,) = tw.report(attached)
+        each, left = divmod(record.multiply_adds, record.evaluations)  # floats are rounded in the file
         runs = {"modules": span.direct, "replay": span.replay, "evaluation": span.evaluate}
         return {
             "span": record.span,
             "difference": difference,
-            "reported": record.multiply_adds / record.evaluations,
+            "reported": each if not left else record.multiply_adds / record.evaluations,
             "counted": counted,
             **_against("modules", runs, settings, budget),
         }
@@ -118,6 +130,13 @@ class Overhead(Benchmark):
 
     def claims(self, cells: list[dict[str, Any]]) -> list[Claim]:
         return pages.claims(cells)
+
+
+def _usual(model: str) -> int:
+    """The side of the images that an architecture is made for."""
+    config = timm.get_pretrained_cfg(model)
+    assert config is not None
+    return config.input_size[-1]
 
 
 def _against(

@@ -449,7 +449,7 @@ def test_a_propagator_is_the_message_path_of_a_wormhole(name, kernel):
         (nn.Sequential(nn.Linear(6, 6), nn.Dropout()), {}, tw.OptionError, "A Dropout on the message's path"),
         (nn.BatchNorm1d(6), {}, tw.OptionError, "A BatchNorm1d"),
         (nn.Tanh(), {"contraction": 0.5}, tw.OptionError, "contraction"),
-        ("verlet", {}, tw.OptionError, "is a module"),
+        (3, {}, tw.OptionError, "name of a block"),
     ],
 )
 def test_a_message_path_that_cannot_be_is_refused(path, options, error, message):

@@ -17,6 +17,7 @@ __all__ = [
     "MapError",
     "OptionError",
     "PluginWarning",
+    "SelectionWarning",
     "TransformError",
     "UnknownNameError",
     "nearest",
@@ -65,6 +66,10 @@ class TransformError(RuntimeError):
 
 class ConvergenceWarning(RuntimeWarning):
     """Some rows of a solve, forward or adjoint, did not converge."""
+
+
+class SelectionWarning(RuntimeWarning):
+    """The choices of a policy have collapsed to one action."""
 
 
 class PluginWarning(RuntimeWarning):

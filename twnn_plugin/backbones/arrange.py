@@ -129,6 +129,15 @@ def _prove(
     model: nn.Module, seen: Survey, ends: Sequence[Ends], fallback: bool
 ) -> tuple[Wiring | Rerun, Plan]:
     """A map for these wormholes that is proved on the model; the general rule first."""
+    known = tuple(ends)
+    if known not in seen.proved:  # a proof takes some passes through the model
+        seen.proved[known] = _proof(model, seen, ends, fallback)
+    return seen.proved[known]
+
+
+def _proof(
+    model: nn.Module, seen: Survey, ends: Sequence[Ends], fallback: bool
+) -> tuple[Wiring | Rerun, Plan]:
     try:
         found = plan(seen.flow, seen.other, ends)
         wiring = wire(seen.flow, seen.other, found)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .. import gates, policies
 from ..blocks import Aids, Feedback, SolveSettings
+from ..blocks.paths import MessagePath, path_of
 from ..blocks.prices import set_prices
 from ..blocks.wormhole import gate_factory
 from ..errors import AttachError, OptionError, UnknownNameError
 from ..gates import Gate
 from ..policies import Policy
+from ..policies.base import SelectionPolicy
 from ..trees import leaves
 from . import registry
 from .arrange import Arrangement, arrange
@@ -37,7 +40,8 @@ CHILD = "wormholes"
 """Name of the child module that holds the wormholes' parameters."""
 
 OPTIONS = (
-    *("wormholes", "gate", "budget", "policy", "scale", "closed_head", "closed_weight", "fallback"),
+    *("wormholes", "gate", "budget", "policy", "scale", "message"),
+    *("closed_head", "closed_weight", "fallback"),
     *SolveSettings.names(),
     *Aids.names(),
 )
@@ -51,6 +55,7 @@ def attach(
     budget: float | str | None = None,
     policy: str | Policy = "gate",
     scale: float = 0.1,
+    message: MessagePath | None = None,
     closed_head: bool | str = False,
     closed_weight: float = 0.5,
     fallback: bool = True,
@@ -80,6 +85,11 @@ def attach(
             wanted mean replays a sample of each wormhole, such as ``"2 rows"``.
         policy: registered name or instance: who is iterated.
         scale: initial scale of the message.
+        message: what a state goes through on its way back, before it is normalised and projected, to one of
+            the same shape: a registered block that propagates, such as ``"verlet"`` or
+            ``("verlet", {"layers": 8})``, made for the state's channels; a function that makes a module for a
+            number of channels; or, for a single wormhole, a module. It must treat samples one by one, and
+            neither draw random numbers nor use batch statistics. None: nothing.
         closed_head: whether samples that are not iterated are answered by a classifier of their own, which
             starts as a copy; a path names the classifier of a model that has no ``get_classifier``. See
             :func:`twnn_plugin.closed_loss`.
@@ -101,7 +111,7 @@ def attach(
     Raises:
         AttachError: no adapter knows the model, it has wormholes already, a span goes forward, is named
             twice, or cannot be iterated; the message has the reason and the nearest span that works.
-        UnknownNameError: an unknown stage, gate, policy, solver or adjoint, with the nearest name.
+        UnknownNameError: an unknown stage, gate, policy, block, solver or adjoint, with the nearest name.
         OptionError: an unknown option or an impossible value.
 
     Example:
@@ -112,6 +122,13 @@ def attach(
     solve_settings = SolveSettings().changed(**settings)
     make_gate = gate_factory(_budgeted(gate, budget))
     chosen = policies.registry.resolve(policy)
+    if isinstance(chosen, SelectionPolicy):
+        raise OptionError(
+            f"Policy {type(chosen).__name__} picks among the layers of a network, and has no answer for a "
+            "single wormhole. Create the model as 'dynalay_<name>' (timm.create_model('dynalay_resnet18', "
+            "policy=...)), or build a twnn_plugin.selection.LayerSelection over its layers; with wormholes "
+            "use 'gate', 'always', 'never' or 'random'."
+        )
     if hasattr(model, CHILD):
         raise AttachError(
             f"This {type(model).__name__} has wormholes already. List them all in one call of attach; change "
@@ -124,12 +141,14 @@ def attach(
     with without_checkpointing(model) as checkpoint, evaluating(model), last_alone(model, gathers):
         found = arrange(model, backbone, wormholes, fallback)
         first = found.survey.examples[0]
-        feedbacks = [
-            _feedback(
-                spec, found.example(i), first, model, make_gate, chosen, solve_settings, layout, scale, aids
+        if isinstance(message, nn.Module) and len(found.specs) > 1:
+            raise OptionError(
+                f"message is one module, and there are {len(found.specs)} wormholes, each with weights of "
+                "its own: give the name of a block, (name, options), or a function that makes a module for a "
+                "number of channels."
             )
-            for i, spec in enumerate(found.specs)
-        ]
+        build = _Builder(model, first, layout, make_gate, chosen, solve_settings, scale, aids, message)
+        feedbacks = [build(spec, *found.example(i)) for i, spec in enumerate(found.specs)]
         if closed_head:
             if any(isinstance(g.program, Rerun) or g.program.rest for g in found.groups):
                 raise AttachError(
@@ -172,27 +191,35 @@ def _spans(found: Arrangement, feedbacks: Sequence[Feedback]) -> list[AttachedSp
     return [spans[i] for i in range(len(feedbacks))]
 
 
-def _feedback(
-    spec: SpanSpec,
-    shapes: tuple[Tensor, Tensor],
-    example: Any,
-    model: nn.Module,
-    gate: Any,
-    policy: Policy,
-    settings: SolveSettings,
-    channels_last: bool,
-    scale: float,
-    aids: Aids,
-) -> Feedback:
-    try:
-        feedback = Feedback(str(spec), *shapes, gate, policy, settings, channels_last, scale, aids)
-    except (OptionError, UnknownNameError):
-        raise
-    except ValueError as error:
-        raise AttachError(f"Wormhole {str(spec)!r} cannot be built: {error}") from error
-    tensors = (*model.parameters(), *model.buffers(), *leaves(example))
-    like = next(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
-    return feedback.to(like.device, like.dtype)
+@dataclass(frozen=True)
+class _Builder:
+    """Makes the wormholes of a model: what :func:`attach` was told about all of them."""
+
+    model: nn.Module
+    example: Any
+    channels_last: bool
+    gate: Callable[[int, int], Gate]
+    policy: Policy
+    settings: SolveSettings
+    scale: float
+    aids: Aids
+    message: MessagePath | None
+
+    def __call__(self, spec: SpanSpec, entry: Tensor, out: Tensor) -> Feedback:
+        """One of them, from examples of its target's input and its source's output."""
+        try:
+            path = path_of(self.message, out, self.channels_last)
+            feedback = Feedback(
+                *(str(spec), entry, out, self.gate, self.policy, self.settings),
+                *(self.channels_last, self.scale, self.aids, path),
+            )
+        except (OptionError, UnknownNameError):
+            raise
+        except ValueError as error:
+            raise AttachError(f"Wormhole {str(spec)!r} cannot be built: {error}") from error
+        tensors = (*self.model.parameters(), *self.model.buffers(), *leaves(self.example))
+        like = next(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
+        return feedback.to(like.device, like.dtype)
 
 
 class _Holder(nn.ModuleList):

@@ -13,6 +13,7 @@ from ..blocks import Aids, Feedback, Report, SolveSettings
 from ..blocks.wormhole import Wormhole
 from ..errors import AttachError, OptionError, UnknownNameError, nearest
 from ..gates import Budget, LearnedGate
+from ..selection import LayerSelection, selection_of
 from ..sequence import TemporalSpan
 from .calibrate import renew_prices
 from .closed_head import ClosedHead, check_weight
@@ -41,11 +42,15 @@ def report(model: nn.Module) -> Report:
 
     Returns:
         A list of :class:`~twnn_plugin.blocks.SpanRecord`, one a span, which prints as a table; empty
-        before the first forward pass.
+        before the first forward pass. For a model whose policy picks among layers, a
+        :class:`~twnn_plugin.selection.SelectionReport`: one a layer.
 
     Raises:
         AttachError: the model has no wormholes.
     """
+    selection = selection_of(model)
+    if selection is not None:
+        return selection.report()
     records = [h.record() if isinstance(h, AttachedSpan) else h.last for h in _holders(model)]
     return Report(record for record in records if record is not None)
 
@@ -61,7 +66,8 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
             goes on, or through :func:`twnn_plugin.calibrate`), ``temperature`` and ``threshold`` (a score;
             higher closes more); ``jacobian`` and ``opening``, see :class:`~twnn_plugin.blocks.Aids`; and
             ``closed_weight``. Wormholes that are solved together share the solve's settings and
-            ``jacobian``: naming one of them changes all.
+            ``jacobian``: naming one of them changes all. Of a model whose policy picks among layers: the
+            solves' settings, ``policy`` and ``max_choices``.
 
     Returns:
         The model itself. If any option is refused, nothing has changed.
@@ -71,6 +77,10 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
         UnknownNameError: an unknown name, with the nearest one.
         OptionError: an unknown option or an impossible value.
     """
+    selection = selection_of(model)
+    if selection is not None:
+        _configure_selection(selection, spans, options)
+        return model
     parts: list[Feedback | TemporalSpan] = [holder.feedback for holder in _holders(model)]
     if spans is not None:
         wanted = [spans] if isinstance(spans, str) else list(spans)
@@ -109,6 +119,24 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
     if "budget" in gate_options:
         renew_prices(model)
     return model
+
+
+def _configure_selection(
+    selection: LayerSelection, spans: str | Sequence[str] | None, options: dict[str, Any]
+) -> None:
+    """The same for a model whose policy picks among layers."""
+    if spans is not None:
+        raise OptionError("The layers of a selection share their settings: leave spans out.")
+    known = [*SolveSettings.names(), "policy", "max_choices"]
+    for name in options:
+        if name not in known:
+            raise OptionError(
+                f"A selection among layers has no option {name!r}.{nearest(name, known)} Its options: "
+                f"{', '.join(known)}."
+            )
+    policy = options.pop("policy", None)
+    made = None if policy is None else policies.registry.resolve(policy)
+    selection.configure(made, **options)
 
 
 def _with_groups(model: nn.Module, parts: Sequence[Feedback | TemporalSpan]) -> list[Feedback | TemporalSpan]:

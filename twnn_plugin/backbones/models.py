@@ -65,8 +65,9 @@ def _build(
     name: str, create: Callable[..., nn.Module], pretrained: bool, kwargs: dict[str, Any]
 ) -> nn.Module:
     options = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
-    if isinstance(options.get("gate"), list):  # as it comes from JSON
-        options["gate"] = tuple(options["gate"])
+    for option in ("gate", "message"):
+        if isinstance(options.get(option), list):  # as it comes from JSON
+            options[option] = tuple(options[option])
     if kwargs.get("pretrained_model_args"):  # those of a saved model, its wormholes included
         saved = kwargs["pretrained_model_args"]
         kwargs["pretrained_model_args"] = {k: v for k, v in saved.items() if k not in OPTIONS}

@@ -49,8 +49,9 @@ class Recorded:
         seen: what the method was given; then what each call returned.
         entries: for each wormhole, the input of its target.
         outs: for each, the output of its source.
-        result: what the method returned, if it never came to the end of the span.
-        calls: how many calls were made.
+        result: what the method returned, if it was not broken off at the end of the span.
+        calls: how many calls were made, up to there.
+        rests: whether nothing is to be settled.
     """
 
     seen: list[Any]
@@ -58,6 +59,7 @@ class Recorded:
     outs: list[Any]
     result: Any = None
     calls: int = 0
+    rests: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,18 +128,27 @@ class Rerun(Program):
         """A method of the model's class, bound."""
         return getattr(type(self.model[0]), method).__get__(self.model[0])
 
-    def record(self, own: Own, given: Arguments, begin: Callable[[Tensor], None]) -> Recorded:
-        """Make the open-loop pass up to the end of the span.
+    def record(
+        self,
+        own: Own,
+        given: Arguments,
+        begin: Callable[[Tensor], None],
+        rests: Callable[[Sequence[Tensor]], bool],
+    ) -> Recorded:
+        """Make the open-loop pass up to the end of the span, or to its own end if nothing is to be settled.
 
         Args:
             own: the method.
             given: its arguments.
             begin: told the group's entry when the pass gets there.
+            rests: of the outputs of the sources: whether these are the settled ones.
         """
         count = len(self.plan.ends)
         noted = Recorded([given], [None] * count, [None] * count)
 
         def handler(call: int, forward: Own, args: Any, kwargs: Any) -> Any:
+            if call > self.plan.last:
+                return forward(*args, **kwargs)
             noted.calls = call + 1
             for wormhole, end in enumerate(self.plan.ends):
                 if end.target == call:
@@ -156,7 +167,9 @@ class Rerun(Program):
                 if source == call:
                     noted.outs[wormhole] = leaf_at(noted.seen[-1], leaf)
             if call == self.plan.last:
-                raise _Stop(output)
+                noted.rests = rests(noted.outs)
+                if not noted.rests:
+                    raise _Stop(output)
             return output
 
         try:

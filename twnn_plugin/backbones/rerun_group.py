@@ -43,7 +43,7 @@ def check_rerun(model: nn.Module, seen: Survey, program: Rerun) -> None:
     targets = [(end.target - found.first, e) for end, e in zip(found.ends, found.entries, strict=True)]
     sources = [(source - found.first, leaf) for source, leaf in found.outs]
     changed = perturbed(go, program.called[found.first :], targets, sources, whole=True)
-    noted = program.record(own, given, lambda entry: None)
+    noted = program.record(own, given, lambda entry: None, lambda outs: False)
     rows = program.constants(noted.seen)
     states, _ = program.replay(changed.entry, changed.signals, noted.seen, rows)
     if not all(same(a, b) for a, b in zip(states, changed.states, strict=True)):
@@ -109,10 +109,18 @@ class RerunGroup(AttachedGroup):
         def begin(entry: Tensor) -> None:
             self.open_loop = OpenLoop(self.one_map, entry, self.training)
 
+        def rests(outs: Sequence[Tensor]) -> bool:
+            if self.open_loop is None or not self.rests(self.open_loop, outs):
+                return False
+            self.open_loop = None  # what follows lies behind the span
+            return True
+
         try:
-            noted = program.record(own, given, begin)
+            noted = program.record(own, given, begin, rests)
         finally:
             watched, self.open_loop = self.open_loop, None
+        if noted.rests:
+            return noted.result
         if watched is None or noted.calls <= program.plan.last:
             if watched is None:
                 return noted.result

@@ -14,7 +14,7 @@ from ..blocks import Feedback, SpanRecord
 from ..blocks.count import group_multiply_adds
 from ..blocks.one_map import Frozen, OneMap
 from ..blocks.open_loop import OpenLoop
-from ..blocks.settle import settle, settle_and_send
+from ..blocks.settle import at_rest, settle, settle_and_send
 from ..errors import AttachError
 from ..trees import rebuild
 from .flow import leaf_at
@@ -50,6 +50,9 @@ class AttachedGroup(ABC):
         self.how: Settler | None = None  # instead of the ordinary solve
         self.replaying = False
         self.kept: Sequence[Arguments] = ()  # the last solve's constants, for counting
+        self.look: Callable[[], None] | None = None  # raises if a module of the spans was replaced
+        for part in self.parts:
+            part.mode = self.mode
 
     @property
     def name(self) -> str:
@@ -64,6 +67,15 @@ class AttachedGroup(ABC):
     def unfinished(self) -> bool:
         """Whether a pass has entered the group and not left it."""
         return self.open_loop is not None
+
+    def rests(self, watched: OpenLoop, outs: Sequence[Tensor]) -> bool:
+        """Whether the open-loop outputs are the settled ones, as far as a glance tells.
+
+        Args:
+            watched: the pass.
+            outs: (B, ...) the open-loop outputs of the sources.
+        """
+        return self.how is None and not watched.active and at_rest(self.parts, outs)
 
     @abstractmethod
     def inside(self) -> list[nn.Module]:
@@ -210,6 +222,9 @@ class ReplayedGroup(AttachedGroup):
                 f"The pass called {len(seen)} of the {len(wiring.nodes)} modules of span {self.name!r}. It "
                 "goes another way through the model than when the wormhole was attached; attach for this way."
             )
+        if self.rests(watched, self._found(output)) and wiring.fits(seen):
+            self._forget()
+            return None
         shared = wiring.template(seen)  # no activations, so that replays of two passes can be one map
         constants = wiring.constants(seen)
 
@@ -235,14 +250,24 @@ class ReplayedGroup(AttachedGroup):
 
     _settle_outside: Any = torch.compiler.disable(_settle)  # type: ignore[call-arg]
 
-    def _outs(self, output: Any) -> tuple[Tensor, ...]:
-        outs, self.caught = self.caught, [None] * len(self.parts)
+    def _found(self, output: Any) -> list[Any]:
+        """The outputs of the sources, as the model has them."""
+        found = list(self.caught)
         for wormhole, leaf in self.program.nodes[-1].states:
-            outs[wormhole] = leaf_at(output, leaf)
-        for wormhole, copied in enumerate(self.program.copies_outs):
-            if copied and any(wormhole == w for w, _ in self.program.nodes[-1].states):
+            found[wormhole] = leaf_at(output, leaf)
+        return found
+
+    def _outs(self, output: Any) -> tuple[Tensor, ...]:
+        """The outputs of the sources, as the solve may keep them."""
+        outs = self._found(output)
+        self._forget()
+        for wormhole, _ in self.program.nodes[-1].states:
+            if self.program.copies_outs[wormhole]:
                 outs[wormhole] = outs[wormhole].clone()
         return tuple(outs)
+
+    def _forget(self) -> None:
+        self.caught = [None] * len(self.parts)
 
     def _entries(self, entry: Tensor, seen: Sequence[Arguments]) -> list[Tensor]:
         entries: list[Any] = [None] * len(self.parts)

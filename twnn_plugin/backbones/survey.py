@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,12 +32,14 @@ class Survey:
         flow: a pass with two samples.
         other: a pass with three.
         examples: the inputs of the two passes, on the model's device.
+        proved: by the ends of wormholes, what was proved of them; whoever proves something keeps it here.
     """
 
     nodes: Mapping[str, nn.Module]
     flow: Flow
     other: Flow
     examples: tuple[Any, Any]
+    proved: dict[tuple[Ends, ...], Any] = field(default_factory=dict, compare=False)
 
     def ends(self, target: str, source: str) -> Ends:
         """The calls of a span: from the first inside ``target`` to the last inside ``source``."""

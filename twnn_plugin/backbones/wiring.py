@@ -128,6 +128,10 @@ class Wiring(Program):
                     found.append(split(leaf, source.rows))
         return tuple(found)
 
+    def fits(self, seen: Sequence[Arguments]) -> bool:
+        """Whether the calls were given as many arguments as ever, as far as a glance tells."""
+        return all(len(a) + len(k) == len(n.sources) for n, (a, k) in zip(self.nodes, seen, strict=True))
+
     def template(self, seen: Sequence[Arguments]) -> list[Arguments]:
         """What the calls were given, without what comes from the rows.
 

@@ -89,18 +89,34 @@ class Part(Protocol):
     """A wormhole as a solve sees it; see :class:`~twnn_plugin.blocks.feedback.Feedback`."""
 
     span: str
+    mode: str
     training: bool
     message: Message
     gate: Gate
     settings: SolveSettings
     aids: Aids
     companion: Companion | None
-    last: SpanRecord | None
     shapes: tuple[Any, ...] | None
     pending: Pending | None
 
+    @property
+    def last(self) -> SpanRecord | None:
+        """The record of the last pass."""
+        ...
+
+    @last.setter
+    def last(self, record: SpanRecord | None) -> None: ...
+
     def choose(self, out: Tensor) -> Choice:
         """Who is iterated, from the (B, ...) open-loop output of the source."""
+        ...
+
+    def glance(self, out: Tensor) -> Callable[[], Tensor] | None:
+        """In eval mode, what gives the probabilities if no row of ``out`` opens; None: call ``choose``."""
+        ...
+
+    def rested(self, probability: Callable[[], Tensor], group: str | None) -> None:
+        """Called in place of :meth:`solved` after a pass in which no row was open."""
         ...
 
     def solved(self, training: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..gates import Gate, GateOutput
+from ..gates import FollowsGate, Gate, GateOutput
 from ..regularise import jacobian_frobenius
 from ..types import PolicyView
 from .aids import Aids
@@ -18,9 +19,9 @@ from .companion import Companion
 from .message import LAYOUTS, Message, layout_of, pool
 from .one_map import Frozen
 from .path import check_path
-from .record import SpanRecord
+from .record import Rest, SpanRecord
 from .settings import SolveSettings
-from .settle import settle
+from .settle import at_rest, settle
 
 __all__ = ["Feedback", "Replay"]
 
@@ -65,6 +66,7 @@ class Feedback(nn.Module):
     ):
         super().__init__()
         self.span = span
+        self.mode = "replay"  # what it is attached to may know better
         self.out_layout = layout_of(out, channels_last)
         entry_layout = layout_of(entry, channels_last)
         channels = out.shape[LAYOUTS[self.out_layout]]
@@ -80,7 +82,7 @@ class Feedback(nn.Module):
         self.opening_step: Tensor
         self.register_buffer("opening_step", torch.zeros((), dtype=torch.long))
         self.companion: Companion | None = None
-        self.last: SpanRecord | None = None
+        self._latest = _Latest()
         self.shapes: tuple[Any, ...] | None = None  # of the last forward pass, for counting
         self.pending: Pending | None = None
         self.register_load_state_dict_pre_hook(_fill_missing)
@@ -88,6 +90,18 @@ class Feedback(nn.Module):
     def forward(self, value: Any) -> Any:
         """Identity: containers that run all their children in order are not disturbed."""
         return value
+
+    @property
+    def last(self) -> SpanRecord | None:
+        """The record of the last pass; None before the first. One in which nothing opened is made here."""
+        record = self._latest.record
+        if isinstance(record, Rest):
+            record = self._latest.record = record.record()
+        return record
+
+    @last.setter
+    def last(self, record: SpanRecord | None) -> None:
+        self._latest.record = record
 
     def settle(
         self,
@@ -113,6 +127,8 @@ class Feedback(nn.Module):
         def one(entry: Tensor, signals: tuple[Tensor], *constants: Tensor) -> tuple[Tensor]:
             return (replay(entry + signals[0], *constants),)
 
+        if frozen is None and at_rest((self,), (out,)):
+            return out
         return settle((self,), (entry,), (out,), one, constants, frozen)[0]
 
     def choose(self, out: Tensor) -> Choice:
@@ -121,11 +137,7 @@ class Feedback(nn.Module):
         Raises:
             OptionError: the policy did not return (B,) booleans.
         """
-        # The gate reads the activations but does not shape them: its gradient stays its own.
-        dtype = next((p.dtype for p in self.gate.parameters()), torch.float32)
-        features = pool(out.detach().to(torch.promote_types(out.dtype, torch.float32)), self.out_layout).to(
-            dtype
-        )
+        features = self._features(out).to(self.gate.dtype)
         # A broken sample must not reach the gate's weights: zero times NaN is NaN.
         features = torch.nan_to_num(features, nan=0.0, posinf=0.0, neginf=0.0)
         with torch.autocast(out.device.type, enabled=False):
@@ -146,6 +158,35 @@ class Feedback(nn.Module):
         if self.aids.opening:
             amount = amount * self.rise()
         return Choice(opened, amount, opinion.probability, opinion.margin)
+
+    def glance(self, out: Tensor) -> Callable[[], Tensor] | None:
+        """In eval mode, what gives the probabilities if no row of ``out`` would open; None: call ``choose``.
+
+        With the gate's own :meth:`~twnn_plugin.gates.Gate.glance`, where the policy leaves it to the gate.
+        """
+        policy = self.policy
+        if self.training or not (policy is None or isinstance(policy, FollowsGate)):
+            return None
+        # These settings cost more than a look at whether they are needed.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.glance(out)
+        if torch.is_autocast_enabled(out.device.type):
+            with torch.autocast(out.device.type, enabled=False):
+                return self.glance(out)
+        return self.gate.glance(self._features(out))
+
+    def rested(self, probability: Callable[[], Tensor], group: str | None) -> None:
+        """Called in place of :meth:`solved` after a pass in which no row was open."""
+        self._latest.record = Rest(self.span, probability, group, self.mode)
+        if self.pending is not None:
+            self.pending = None
+
+    def _features(self, out: Tensor) -> Tensor:
+        """(B, C) what the gate looks at, in float32 or float64."""
+        # The gate reads the activations but does not shape them: its gradient stays its own.
+        given = out.detach() if out.requires_grad else out
+        return pool(given, self.out_layout, torch.float64 if out.dtype == torch.float64 else torch.float32)
 
     def _check_opinion(self, opinion: GateOutput, rows: int) -> None:
         fits = [(rows,), (rows, self.message.scale.numel())]
@@ -193,7 +234,14 @@ class Feedback(nn.Module):
 
     # Copies and pickles hold no activations.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pending": None}
+        return {**self.__dict__, "pending": None, "_latest": _Latest(self.last)}
+
+
+@dataclass
+class _Latest:
+    """A wormhole's last record, in a place that takes less time to write to than a module."""
+
+    record: SpanRecord | Rest | None = None
 
 
 def _fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -64,10 +64,18 @@ class Frozen(TorchFunctionMode):
             which would count a batch or ask other processes, and parametrisations that iterate in
             training (spectral normalisation).
         entry: (B, ...) the span's input in the recorded pass.
+        listen: called when a replay begins: lets :meth:`enter_layer` hear of the normalisations.
     """
 
-    def __init__(self, statistics: Mapping[int, Sequence[Moments]], held: Iterable[nn.Module], entry: Tensor):
+    def __init__(
+        self,
+        statistics: Mapping[int, Sequence[Moments]],
+        held: Iterable[nn.Module],
+        entry: Tensor,
+        listen: Callable[[], None],
+    ):
         super().__init__()
+        self._listen = listen
         self.statistics, self.batch, self.device = dict(statistics), entry.shape[0], entry.device
         self.modules = tuple(held)
         self._modes: list[list[bool]] = []
@@ -99,6 +107,7 @@ class Frozen(TorchFunctionMode):
             self.entered[id(norm)] = self.entered.get(id(norm), 0) + 1
 
     def __enter__(self) -> Frozen:
+        self._listen()
         PRESENT.held.append(self)
         self._modes.append([module.training for module in self.modules])
         for module in self.modules:
@@ -145,6 +154,23 @@ class Frozen(TorchFunctionMode):
                 "that layer into eval mode."
             )
         self.checked = True
+
+    @contextmanager
+    def shaken(self, amount: float) -> Iterator[None]:
+        """Within this, the moments are off by some ``amount`` of their size, as rounding might have it."""
+        generator, kept = torch.Generator().manual_seed(0), (self.statistics, self.functional)
+
+        def off(moments: Moments) -> Moments:
+            var, mean = moments
+            one, two = (torch.randn(var.shape, generator=generator).to(var) for _ in range(2))
+            return var * (1 + amount * one), mean + amount * two * (mean.abs() + var.sqrt())
+
+        self.statistics = {norm: [off(m) for m in calls] for norm, calls in self.statistics.items()}
+        self.functional = [off(m) for m in self.functional]
+        try:
+            yield
+        finally:
+            self.statistics, self.functional = kept
 
     @contextmanager
     def repeated(self, place: Place) -> Iterator[None]:

@@ -29,11 +29,13 @@ def layout_of(value: Tensor, channels_last: bool = False) -> str:
     return layouts[value.dim()]
 
 
-def pool(value: Tensor, layout: str) -> Tensor:
-    """(B, C) means over positions."""
+def pool(value: Tensor, layout: str, dtype: torch.dtype | None = None) -> Tensor:
+    """(B, C) means over positions, computed in ``dtype``; None: in the activation's own."""
     if layout == "NC":
-        return value
-    return value.mean(dim=(2, 3)) if layout == "NCHW" else value.flatten(1, -2).mean(dim=1)
+        return value if dtype is None else value.to(dtype)
+    if layout == "NCHW":
+        return value.mean(dim=(2, 3), dtype=dtype)
+    return value.flatten(1, -2).mean(dim=1, dtype=dtype)
 
 
 class BallNorm(nn.Module):

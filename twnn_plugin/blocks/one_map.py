@@ -16,12 +16,22 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the documented common base of BatchNorm layers
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import AttachError
 from .frozen import PRESENT, Frozen, Moments, Place
 from .moments import moments
 
 __all__ = ["Bookmark", "Frozen", "OneMap", "bookmark"]
+
+
+_STEADY = frozenset(
+    {
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Identity),
+        *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Sequential, nn.ModuleList),
+    }
+)
+"""Modules, of exactly these classes, that compute the same in training mode as in eval mode."""
 
 
 class OneMap:
@@ -39,7 +49,9 @@ class OneMap:
     def __init__(self, modules: Iterable[nn.Module]):
         self.modules = tuple(modules)
         self.norms: tuple[_BatchNorm, ...] = ()
+        self.hooks: list[RemovableHandle] = []
         self.inside: tuple[nn.Module, ...] = ()
+        self.fickle: tuple[nn.Module, ...] = ()
         self.found: dict[int, list[Moments]] = {}
         self.watching = False
         self.repeating = False
@@ -50,19 +62,35 @@ class OneMap:
     def _look(self) -> None:
         """Find the normalisations: they may have been replaced, as ``convert_sync_batchnorm`` does."""
         self.inside = tuple(dict.fromkeys(m for module in self.modules for m in module.modules()))
+        self.fickle = tuple(m for m in self.inside if type(m) not in _STEADY)
         norms = tuple(m for m in self.inside if isinstance(m, _BatchNorm))
-        known = {id(norm) for norm in self.norms}
-        for norm in norms:
-            if id(norm) not in known:
-                norm.register_forward_pre_hook(self._watch, with_kwargs=True)
-        self.norms = norms
+        if norms != self.norms:
+            self.deafen()
+            self.norms = norms
+
+    def listen(self) -> None:
+        """Hear of each call of a normalisation, from now on."""
+        if not self.hooks:
+            self.hooks = [n.register_forward_pre_hook(self._watch, with_kwargs=True) for n in self.norms]
+
+    def deafen(self) -> None:
+        """Hear of none: a hook costs something on every call, and a pass in eval mode has no use for any.
+
+        Whatever needs them calls :meth:`listen` itself: a watched pass, a replay that is held fixed, or a
+        part of either that is computed again.
+        """
+        hooks, self.hooks = self.hooks, []
+        for hook in hooks:
+            hook.remove()
 
     def stirs(self, training: bool) -> bool:
         """Whether a pass may depend on the batch or on random numbers.
 
         In training, and where a part of the span is in training mode or normalises by batches in eval mode.
         """
-        return training or any(m.training for m in self.inside) or any(_by_batch(n) for n in self.norms)
+        if training or any(m.training for m in self.fickle):
+            return True
+        return any(norm.running_mean is None and _by_batch(norm) for norm in self.norms)
 
     def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(norm, _BatchNorm)
@@ -82,6 +110,7 @@ class OneMap:
         self.watching = active
         if active:
             self._look()
+            self.listen()
             self.found = {}
             PRESENT.watching.add(self)
         else:
@@ -90,6 +119,7 @@ class OneMap:
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Within this, a part of a watched pass is computed once more; nothing new is noted."""
+        self.listen()
         before = self.watching, self.repeating
         self.watching = self.repeating = True
         try:

@@ -32,7 +32,10 @@ class OpenLoop:
         self.one_map, self.entry = one_map, entry
         self.active = one_map.stirs(training)
         self.before = random_state(entry.device) if self.active else ()
-        one_map.open_loop(self.active)
+        if self.active or one_map.watching:  # a pass that broke off is watched until the next one
+            one_map.open_loop(self.active)
+        if not self.active and one_map.hooks:
+            one_map.deafen()
 
     def finish(self, out: Out, again: Callable[[], Out]) -> tuple[Out, Frozen | None]:
         """The open-loop output and the holder of statistics and draws (None if nothing is needed).
@@ -55,7 +58,7 @@ class OpenLoop:
         drew = not same(self.before, after)
         if not one_map.needed(drew):
             return out, None
-        frozen = Frozen(one_map.statistics(), one_map.held(), self.entry)
+        frozen = Frozen(one_map.statistics(), one_map.held(), self.entry, one_map.listen)
         if not drew and one_map.functional is False:
             return out, frozen
         new, buffers = one_map.functional is None, one_map.buffers()
@@ -65,27 +68,54 @@ class OpenLoop:
                 recorded = again()
         finally:
             restore(self.entry.device, after)
+        functional = bool(frozen.functional) if new else bool(one_map.functional)
         if new:
-            one_map.functional, one_map.counts = bool(frozen.functional), frozen.spared
             one_map.check_unchanged(buffers)
-            if not drew:  # kernels may draw otherwise than what stands in for them
-                _check_same(out, recorded)
-        if drew or one_map.functional:
+            one_map.counts = frozen.spared
+            # Where numbers are drawn, kernels may draw otherwise than what stands in for them.
+            if drew or _same_map(out, recorded, frozen, again):
+                one_map.functional = functional
+        if drew or functional:
             return recorded, frozen
         return out, frozen if frozen.statistics or frozen.modules or one_map.counts else None
 
 
-def _check_same(out: Any, again: Any) -> None:
-    """Raise if a pass with its own statistics held fixed is another one; rounding is let pass."""
+def _same_map(out: Any, again: Any, frozen: Frozen, replay: Callable[[], Any]) -> bool:
+    """Whether a pass with its own statistics held fixed is seen to be the same pass.
+
+    Rounding is let pass. Of very few values (a map of one position, two samples) it can be as large as the
+    values are: then nothing is seen, and the next pass has to tell.
+
+    Raises:
+        AttachError: it is another one.
+    """
+    dtypes = [leaf.dtype for leaf in leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    device = frozen.device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
+    away = _distance(out, again)
+    if away <= (0.1 if rounding > 1e-4 else 0.01):
+        return True
+    with frozen.shaken(4 * rounding), frozen.replay(None):
+        shaken = replay()
+    with frozen.replay(None):
+        replay()  # whatever it leaves behind is that of the statistics as they are
+    if 10 * _distance(again, shaken) >= away:
+        return False
+    raise AttachError(
+        "A module of this span normalises batches in a way that cannot be held fixed while the span "
+        "is iterated: with the statistics of this pass it gives something else than in the pass. "
+        "Choose another span, or put that module into eval mode."
+    )
+
+
+def _distance(out: Any, again: Any) -> float:
+    """The largest difference of two nested results, relative to the first one's largest value."""
+    found = 0.0
     for a, b in zip(leaves(out), leaves(again), strict=True):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            continue
-        half = a.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(a.device.type)
-        given = torch.nan_to_num(a.detach())
-        away = (given - torch.nan_to_num(b.detach())).abs()
-        if a.numel() and bool(away.amax() > (0.1 if half else 0.01) * given.abs().amax()):
-            raise AttachError(
-                "A module of this span normalises batches in a way that cannot be held fixed while the span "
-                "is iterated: with the statistics of this pass it gives something else than in the pass. "
-                "Choose another span, or put that module into eval mode."
-            )
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.numel():
+            given = torch.nan_to_num(a.detach())
+            away = (given - torch.nan_to_num(b.detach())).abs().amax() / given.abs().amax()
+            found = max(found, float(torch.nan_to_num(away, nan=0.0)))
+    return found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..types import AdjointReport, Status
 
-__all__ = ["Report", "SpanRecord"]
+__all__ = ["Report", "Rest", "SpanRecord", "per_row"]
 
 
 @dataclass
@@ -29,6 +31,8 @@ class SpanRecord:
         adjoint: how the backward solve ended, once it ran.
         group: for wormholes that are solved together with others, the span whose record has the group's
             evaluations and multiply-adds; None: this one has its own.
+        mode: how the span is evaluated: ``"replay"``, or ``"rerun"`` where the model's forward is run again;
+            empty where there is no such choice.
     """
 
     span: str
@@ -42,6 +46,7 @@ class SpanRecord:
     multiply_adds: int = 0
     reports: list[AdjointReport] = field(default_factory=list, repr=False)
     group: str | None = None
+    mode: str = ""
 
     @property
     def adjoint(self) -> AdjointReport | None:
@@ -53,11 +58,52 @@ class SpanRecord:
         return self.gate > 0
 
 
+class Rest(NamedTuple):
+    """A pass in which no row was open; its record is made when somebody asks for it.
+
+    Attributes:
+        span: as in the record.
+        probability: gives the gate's (B,) or (B, C) probabilities.
+        group: as in the record.
+        mode: as in the record.
+    """
+
+    span: str
+    probability: Callable[[], Tensor]
+    group: str | None
+    mode: str
+
+    def record(self) -> SpanRecord:
+        """The record."""
+        probability = per_row(self.probability())
+        zeros = torch.zeros_like(probability)
+        status = torch.full(zeros.shape, int(Status.converged), device=zeros.device)
+        residual = torch.zeros(zeros.shape, device=zeros.device)
+        steps, fallback = torch.zeros_like(status), torch.zeros_like(status, dtype=torch.bool)
+        return SpanRecord(
+            self.span,
+            zeros,
+            probability,
+            status,
+            steps,
+            residual,
+            fallback,
+            evaluations=0,
+            group=self.group,
+            mode=self.mode,
+        )
+
+
+def per_row(amount: Tensor) -> Tensor:
+    """(B,) of (B,) or, of gates that look at each channel, the mean of (B, C)."""
+    return amount if amount.dim() == 1 else amount.mean(dim=1)
+
+
 class Report(list[SpanRecord]):
     """Records of all spans; prints as a table."""
 
     def __str__(self) -> str:
-        head = ("span", "rows", "open", "converged", "steps mean/max", "evaluations", "multiply-adds")
+        head = ("span", "mode", "rows", "open", "converged", "steps mean/max", "evaluations", "multiply-adds")
         rows = [head, *(self._row(record) for record in self)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [
@@ -78,6 +124,7 @@ class Report(list[SpanRecord]):
             shown = ("-", "-")
         return (
             record.span,
+            record.mode or "-",
             str(opened.numel()),
             f"{100 * count / total:.1f} %",
             *shown,

@@ -19,9 +19,9 @@ from ..types import Solution, Status
 from .anchor import anchored
 from .choice import Part, Pending
 from .one_map import Frozen
-from .record import SpanRecord
+from .record import SpanRecord, per_row
 
-__all__ = ["GroupReplay", "per_row", "settle", "settle_and_send"]
+__all__ = ["GroupReplay", "at_rest", "settle", "settle_and_send"]
 
 GroupReplay = Callable[..., tuple[Tensor, ...]]
 """``replay(entry, signals, *constants) -> outs``: the union of the spans applied to rows of inputs.
@@ -29,6 +29,32 @@ GroupReplay = Callable[..., tuple[Tensor, ...]]
 entry is (b, ...), the input of the union's first call; signals holds for each wormhole what is added to the
 first input of its span's first call, (b, ...) or None; outs holds the output of each wormhole's source.
 """
+
+
+def at_rest(parts: Sequence[Part], outs: Sequence[Tensor]) -> bool:
+    """Whether no row of a group opens in eval mode, told in few operations; its records say so then.
+
+    What most of a closed wormhole's cost is. True: the open-loop outputs are the settled ones. False: it
+    takes :func:`settle` to tell.
+
+    Args:
+        parts: the wormholes.
+        outs: (B, ...) for each, the open-loop output of its source.
+    """
+    companion = parts[0].companion
+    if companion is not None and companion.wanted:
+        return False
+    found = []
+    for part, out in zip(parts, outs, strict=True):
+        probability = part.glance(out)
+        if probability is None:
+            return False
+        found.append(probability)
+    group = None
+    for part, probability in zip(parts, found, strict=True):
+        part.rested(probability, group)
+        group = parts[0].span
+    return True
 
 
 def settle(
@@ -312,17 +338,13 @@ class _Solve(Alike):
                 solution.evaluations if solution is not None and first else 0,
                 reports=solution.reports if solution is not None else [],
                 group=None if first else self.parts[0].span,
+                mode=part.mode,
             )
             part.solved(self.training)
 
 
 def _aligned(rows: Tensor, value: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (value.dim() - 1))
-
-
-def per_row(amount: Tensor) -> Tensor:
-    """(B,) of (B,) or, of gates that look at each channel, the mean of (B, C)."""
-    return amount if amount.dim() == 1 else amount.mean(dim=1)
 
 
 def _held(frozen: Frozen | None, index: Tensor) -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ from .count import multiply_adds
 from .feedback import Feedback
 from .one_map import OneMap
 from .open_loop import OpenLoop
+from .paths import MessagePath, path_of
 from .prices import set_prices
 from .record import SpanRecord
 from .settings import SolveSettings
@@ -36,9 +37,10 @@ class Wormhole(nn.Module):
         policy: who is iterated, such as ``tw.policy("random", p=0.3)``; None: where the gate is open.
         channels_last: whether 4-axis activations are (B, H, W, C).
         scale: initial scale of the message.
-        message: a module that the state goes through before it is normalised and projected, to one of the
-            same shape, such as ``tw.blocks.get("verlet")(channels, layers=10)``; None: none. It must not
-            draw random numbers or use batch statistics.
+        message: what the state goes through before it is normalised and projected, to one of the same shape:
+            a module, a registered block such as ``"verlet"`` or ``("verlet", {"layers": 10})``, or a function
+            that makes a module for a number of channels; None: nothing. It must treat samples one by one, and
+            neither draw random numbers nor use batch statistics.
         **settings: ``solver``, ``adjoint``, ``tol``, ``max_iter``, ``stop``, ``norm``, as in
             :func:`twnn_plugin.fix`; and ``contraction``, ``opening``, ``jacobian``, see
             :class:`~twnn_plugin.blocks.aids.Aids`.
@@ -56,7 +58,7 @@ class Wormhole(nn.Module):
         policy: nn.Module | None = None,
         channels_last: bool = False,
         scale: float = 0.1,
-        message: nn.Module | None = None,
+        message: MessagePath | None = None,
         **settings: Any,
     ):
         super().__init__()
@@ -74,7 +76,7 @@ class Wormhole(nn.Module):
             channels_last,
             scale,
             aids,
-            message,
+            path_of(message, out, channels_last),
         )
         self.example = example.new_empty(0).new_zeros(()).expand(1, *example.shape[1:])
         set_prices(self, [self.feedback], lambda: self(self.example))

@@ -1,7 +1,7 @@
 """Gates by name: ``names()``, ``get(name)``, ``register(name, factory)``."""
 
 from ..registry import Registry
-from .base import Gate, GateOutput, LearnedGate, watch_difficulty
+from .base import FollowsGate, Gate, GateOutput, LearnedGate, watch_difficulty
 from .budget import Budget
 
 registry: Registry[Gate] = Registry("gate", Gate)
@@ -15,6 +15,7 @@ names, get, register, owner, entries = (
 
 __all__ = [
     "Budget",
+    "FollowsGate",
     "Gate",
     "GateOutput",
     "LearnedGate",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ..errors import OptionError, nearest
 from .budget import Budget
 
-__all__ = ["Gate", "GateOutput", "LearnedGate", "largest", "watch_difficulty"]
+__all__ = ["FollowsGate", "Gate", "GateOutput", "LearnedGate", "largest", "watch_difficulty"]
 
 _EFFORT = 10.0  # replays per open sample that are assumed until some were counted
 _INTEGRAL, _PROPORTIONAL = 0.005, 1.0  # gains of the dual variable, in units of its bound, per step
@@ -40,6 +43,13 @@ class GateOutput(NamedTuple):
     margin: Tensor | None = None
 
 
+class FollowsGate:
+    """Mark of a policy that iterates no sample which the gate leaves closed.
+
+    Where the gate opens none, such a policy is not asked.
+    """
+
+
 class Gate(nn.Module, ABC):
     """Decides from pooled activations; one instance a wormhole.
 
@@ -49,6 +59,28 @@ class Gate(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Tensor) -> GateOutput:
         """Look at pooled activations of the span's open-loop output, (B, C)."""
+
+    def glance(self, features: Tensor) -> Callable[[], Tensor] | None:
+        """Whether :meth:`forward` would open no sample, if that can be told in few operations.
+
+        Called without gradients in eval mode, before anything else is made of a pass: what most of a closed
+        wormhole's cost is. On an accelerator a look at the answer is the one time that the host waits.
+
+        Args:
+            features: (B, C) pooled activations, as :meth:`forward` gets them, but in float32 or float64
+                whatever :attr:`dtype` is, and with NaN and infinities still in them, of which nothing must be
+                concluded.
+
+        Returns:
+            None: some sample may open, ask :meth:`forward`. Else what gives the (B,) or (B, C)
+            probabilities, for whoever wants to see them later.
+        """
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that :meth:`forward` wants its features in."""
+        return next((p.dtype for p in self.parameters()), torch.float32)
 
     def share(self) -> float:
         """The share of samples, in (0, 1), that counts as hard for gates that learn difficulty."""
@@ -141,6 +173,8 @@ class LearnedGate(Gate):
     """
 
     usual_temperature: ClassVar[float] = 1.0
+    by_margin: ClassVar[bool] = False
+    """Whether in eval mode a sample opens where its margin is positive, and only there: a glance tells."""
 
     def __init__(
         self,
@@ -169,7 +203,6 @@ class LearnedGate(Gate):
         self.temperature = self.usual_temperature if temperature is None else temperature
         self.budget, self.momentum, self.learn = budget, momentum, learn
         self.control, self.dual_bound, self.per, self.l0 = control, dual_bound, per, l0
-        self.norm = nn.LayerNorm(channels, elementwise_affine=False)
         self.hidden = nn.Linear(channels, hidden)
         self.score = nn.Linear(hidden, 1 if per == "sample" else outputs or channels)
         nn.init.normal_(self.score.weight, std=0.02)
@@ -187,8 +220,16 @@ class LearnedGate(Gate):
         self.register_buffer("effort", torch.full((), _EFFORT))  # running mean of replays per open sample
         self.register_buffer("price", torch.ones(()))  # of a replay, in passes of the plain network
         self._penalty: Tensor | None = None
-        self.scores: Tensor | None = None
-        """(B,) scores of the last pass, without a graph."""
+        self._score: Tensor | None = None  # (B, 1) or (B, C) of the last pass, without a graph
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.threshold.dtype  # one look-up; all that the gate has is of one dtype
+
+    @property
+    def scores(self) -> Tensor | None:
+        """(B,) scores of the last pass, without a graph; None before the first."""
+        return None if self._score is None else largest(self._each(self._score))
 
     @property
     def budget(self) -> float | str | None:
@@ -244,16 +285,47 @@ class LearnedGate(Gate):
 
         In training, brings what keeps the budget up to date.
         """
-        score = self.score(torch.relu(self.hidden(self.norm(features))))
-        score = score.squeeze(-1) if self.per == "sample" else score
-        margin = (score - self.threshold) / self.temperature
-        self.scores, self._penalty = largest(score.detach()), None
+        score = self._scored(features)
+        margin = (self._each(score) - self.threshold) / self.temperature
+        self._score, self._penalty = score.detach(), None
         if self.training and self._budget is not None and score.numel():
             if self.control == "threshold":
-                self._follow(self.scores)
+                self._follow(largest(self._each(self._score)))
             else:
                 self._press(largest(margin))
         return margin
+
+    def glance(self, features: Tensor) -> Callable[[], Tensor] | None:
+        if self.training or not self.by_margin or not features.numel():
+            return None
+        threshold = self.threshold
+        given = features if features.dtype == threshold.dtype else features.to(threshold.dtype)
+        score = self._scored(given)
+        above = score - threshold
+        if not (above if above.numel() == 1 else above.amax()).item() <= 0:  # nor is NaN
+            return None
+        self._score = score
+        if self._penalty is not None:
+            self._penalty = None
+        return partial(self._chance, above, self.temperature)
+
+    def chance(self, margin: Tensor, temperature: float) -> Tensor:
+        """The probabilities at some margins, with the temperature that these were made with."""
+        return torch.sigmoid(margin)
+
+    def _chance(self, above: Tensor, temperature: float) -> Tensor:
+        """The probabilities where scores are so far above the threshold, as :meth:`forward` makes them."""
+        with torch.no_grad():
+            return self.chance(self._each(above) / temperature, temperature)
+
+    def _scored(self, features: Tensor) -> Tensor:
+        """(B, 1) or, per channel, (B, C) scores."""
+        normal = F.layer_norm(features, features.shape[1:])
+        return self.score(torch.relu(self.hidden(normal)))
+
+    def _each(self, score: Tensor) -> Tensor:
+        """(B,) of (B, 1); (B, C) as it is."""
+        return score.squeeze(-1) if self.per == "sample" else score
 
     def priced(self, probability: Tensor) -> Tensor:
         """The probabilities; in training, their mean joins the penalty with weight ``l0``."""
@@ -287,7 +359,7 @@ class LearnedGate(Gate):
 
     # Copies and pickles hold no activations.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_penalty": None, "scores": None}
+        return {**self.__dict__, "_penalty": None, "_score": None}
 
 
 def largest(rows: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,7 @@ class NeverGate(Gate):
     def forward(self, features: Tensor) -> GateOutput:
         zero = features.new_zeros(features.shape[0], dtype=torch.float32)
         return GateOutput(zero, zero, zero > 0)
+
+    def glance(self, features: Tensor) -> Callable[[], Tensor] | None:
+        rows, device = features.shape[0], features.device
+        return lambda: torch.zeros(rows, dtype=torch.float32, device=device)

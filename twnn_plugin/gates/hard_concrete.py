@@ -32,11 +32,16 @@ class HardConcreteGate(LearnedGate):
     """
 
     usual_temperature: ClassVar[float] = 2 / 3
+    by_margin: ClassVar[bool] = True
+
+    def chance(self, margin: Tensor, temperature: float) -> Tensor:
+        alpha = margin * temperature + _EDGE  # the margin is over the temperature, this is not
+        return torch.sigmoid(alpha - temperature * _EDGE)
 
     def forward(self, features: Tensor) -> GateOutput:
         margin = self.margin(features)
-        alpha = margin * self.temperature + _EDGE  # the margin is over the temperature, this is not
-        probability = self.priced(torch.sigmoid(alpha - self.temperature * _EDGE))
+        alpha = margin * self.temperature + _EDGE
+        probability = self.priced(self.chance(margin, self.temperature))
         if self.training:
             u = torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6)
             s = torch.sigmoid((torch.logit(u) + alpha) / self.temperature)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar
+
 from torch import Tensor
 
 from .base import GateOutput, LearnedGate, largest
@@ -16,8 +17,10 @@ class SigmoidGate(LearnedGate):
     Exactly closed below it, so that closed samples cost nothing.
     """
 
+    by_margin: ClassVar[bool] = True
+
     def forward(self, features: Tensor) -> GateOutput:
         margin = self.margin(features)
-        probability = self.priced(torch.sigmoid(margin))
+        probability = self.priced(self.chance(margin, self.temperature))
         taught = largest(margin) if self.learns_difficulty() else None
         return GateOutput(probability, probability, largest(margin) > 0, taught)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ class StraightThroughGate(LearnedGate):
     message receive the gradient they would have if they were open by the gate's probability.
     """
 
+    by_margin: ClassVar[bool] = True
+
     def forward(self, features: Tensor) -> GateOutput:
         margin = self.margin(features)
         opened = largest(margin) > 0  # false for NaN: a broken sample is not iterated
@@ -24,4 +28,4 @@ class StraightThroughGate(LearnedGate):
         if margin.dim() > 1:  # of a sample that a policy opens against the gate, all channels are
             strength = torch.where(opened[:, None], (margin > 0).to(margin.dtype), 1.0)
         taught = largest(margin) if self.learns_difficulty() else None
-        return GateOutput(self.priced(torch.sigmoid(margin)), strength, opened, taught)
+        return GateOutput(self.priced(self.chance(margin, self.temperature)), strength, opened, taught)

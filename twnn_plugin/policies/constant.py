@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..gates import FollowsGate
 from .base import Policy, PolicyView
 from .selection import Selection, SelectionView
 
@@ -21,7 +22,7 @@ class AlwaysPolicy(Policy):
         return Selection(torch.full_like(view.counts, view.step == 0, dtype=torch.bool))
 
 
-class NeverPolicy(Policy):
+class NeverPolicy(Policy, FollowsGate):
     """Iterates no sample: the plain network."""
 
     def forward(self, view: PolicyView) -> Tensor:

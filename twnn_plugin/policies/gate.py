@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..gates import FollowsGate
 from .base import PolicyView, SpanPolicy
 
 __all__ = ["GatePolicy"]
 
 
-class GatePolicy(SpanPolicy):
+class GatePolicy(SpanPolicy, FollowsGate):
     """Iterates where the span's own gate is open."""
 
     def forward(self, view: PolicyView) -> Tensor:

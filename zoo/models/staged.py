@@ -72,7 +72,7 @@ class StagedNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for ``num_classes`` (0: none); the pooling stays unless one is given."""
         self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        pool = str(self.global_pool.pool_type if global_pool is None else global_pool)
         weight = next(self.parameters())
         head = create_classifier(self.num_features, num_classes, pool_type=pool)
         self.head_hidden_size = self.num_features * head[0].feat_mult()

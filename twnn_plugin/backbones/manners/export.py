@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...blocks import Feedback, GroupReplay, SpanRecord
 from ...blocks.choice import Choice
 from ...blocks.one_map import Frozen
-from ...blocks.settle import per_row
+from ...blocks.record import per_row
 from ...errors import AttachError, OptionError
 from ...types import Status
 from ..span import settling, spans
@@ -90,6 +90,7 @@ class Steps:
                 opened & ~finite,
                 self.steps * opened.shape[0] if place == 0 else 0,
                 group=None if place == 0 else parts[0].span,
+                mode=part.mode,
             )
 
 
@@ -171,7 +172,7 @@ def export(
         The program; save it with ``torch.export.save``, run it with ``program.module()(images)``.
 
     Raises:
-        AttachError: the model has no wormholes, or one whose span has mode ``"rerun"``.
+        AttachError: the model has no wormholes, or one whose span has mode ``"rerun"`` or has lost a module.
         OptionError: it is in training mode, the example has fewer than two rows, or an option is out of
             range.
     """
@@ -179,6 +180,8 @@ def export(
     if model.training:
         raise OptionError("export takes a model in eval mode; call model.eval() first.")
     for span in spans(model):
+        if span.group.look is not None:
+            span.group.look()
         if span.mode == "rerun":
             raise AttachError(
                 f"Span {span.span!r} is evaluated by running the model's forward again, which torch.export "

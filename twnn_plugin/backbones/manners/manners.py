@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import AttachError
+from ..intact import guard
 from ..span import AttachedGroup, spans
 from ..trace import candidates
 from . import checkpointing
@@ -31,6 +32,7 @@ class Manners:
         self.model = model
         self.child = child
         self.stages = tuple(stages)
+        self.intact = guard(model, self._groups())
 
     def own(self, name: str) -> Callable[..., Any] | None:
         """The method of the model's class that is stood in for, bound; None if it has none."""
@@ -57,6 +59,13 @@ class Manners:
         mine = {f"{self.child}.{name}" for name, p in holder.named_parameters() if p.dim() <= 1}
         return mine | set(own() if own is not None else ())
 
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As in timm; as before any pass, the spans are looked after."""
+        self.intact(self.model, args)
+        # Not a bound method: where a compiler leaves its graph, it would find this one by that name.
+        own: Any = getattr(type(self.model), "forward_features")  # noqa: B009
+        return own(self.model, *args, **kwargs)
+
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Features of the model's stages, as in timm; those inside of a span at its fixed point.
 
@@ -65,6 +74,7 @@ class Manners:
         """
         own = self.own("forward_intermediates")
         assert own is not None
+        self.intact(self.model, args)
         given = inspect.signature(own).bind(*args, **kwargs)
         if given.arguments.get("stop_early") and self._inside(given.arguments.get("indices")):
             given.arguments["stop_early"] = False
@@ -151,11 +161,12 @@ def adopt(
     """
     manners = Manners(model, child, stages)
     names = ["set_grad_checkpointing", "no_weight_decay"]
-    names += [n for n in ("forward_intermediates", "prune_intermediate_layers") if hasattr(type(model), n)]
+    standing = ("forward_features", "forward_intermediates", "prune_intermediate_layers")
+    names += [n for n in standing if hasattr(type(model), n)]
     for name in names + ["forward"] * features:
         if name not in vars(model):
             setattr(model, name, getattr(manners, name))
-        elif len({span.mode for span in spans(model)}) > 1:
+        elif name != "forward_features" and len({span.mode for span in spans(model)}) > 1:
             setattr(
                 model, name, manners.refuse
             )  # a span that is run again gathers by itself, for itself alone
