@@ -18,7 +18,7 @@ from twnn_plugin.policies.base import SelectionPolicy
 from twnn_plugin.policies.dynalay import DynaLayPolicy
 from twnn_plugin.policies.entropy import EntropyPolicy
 from twnn_plugin.policies.selection import Selection, SelectionView
-from twnn_plugin.selection import LayerSelection, Reward, policy_loss
+from twnn_plugin.selection import Connection, LayerSelection, Reward, policy_loss
 from twnn_plugin.selection.learning import reward
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -87,7 +87,7 @@ class TestForward:
 
     def test_a_chosen_layer_is_at_its_fixed_point_and_the_rest_follows(self) -> None:
         settings = SolveSettings(tol=1e-6, max_iter=200)
-        net = Net(Fixed([2, 0, 2, 1, 3, 0]), scale=0.5, settings=settings).eval()
+        net = Net(Fixed([2, 0, 2, 1, 3, 0]), connection=Connection(scale=0.5), settings=settings).eval()
         x = _images()
         with torch.no_grad():
             logits = net(x)

@@ -18,9 +18,12 @@ from .gates.sigmoid import SigmoidGate
 from .gates.straight_through import StraightThroughGate
 from .hookspecs import Register, hookimpl
 from .policies.constant import AlwaysPolicy, NeverPolicy
+from .policies.controller import ControllerPolicy
 from .policies.dynalay import DynaLayPolicy
 from .policies.entropy import EntropyPolicy
 from .policies.gate import GatePolicy
+from .policies.halting import HaltingPolicy
+from .policies.oracle import OraclePolicy
 from .policies.random import RandomPolicy
 from .solvers import torchdeq_bridge
 from .solvers.ad_fixed_point import ADFixedPoint as ADFixedPointSolver
@@ -109,6 +112,9 @@ def twnn_register_policies(register: Register) -> None:
     register("random", RandomPolicy)
     register("dynalay", DynaLayPolicy)
     register("entropy", EntropyPolicy)
+    register("halting", HaltingPolicy)
+    register("oracle", OraclePolicy)
+    register("twnn_controller", ControllerPolicy)
 
 
 @hookimpl

@@ -31,6 +31,7 @@ class SelectionView:
         residual: (b, N) residuals of its last solve of each layer, 0 before.
         logits: (b, K) its present prediction, before softmax.
         index: (b,) its place in the batch.
+        skippable: for each layer, whether its output has the shape of its input, and so can be left out.
     """
 
     layers: tuple[str, ...]
@@ -44,6 +45,7 @@ class SelectionView:
     residual: Tensor
     logits: Tensor
     index: Tensor
+    skippable: tuple[bool, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -66,10 +68,14 @@ class Selection:
     Attributes:
         layers: (b, N) bool, what to iterate; a row of False is NOP: the sample is done. Several layers in a
             row are iterated in one sweep from the first to the last.
+        skip: (b, N) bool, what to leave out of what is computed again after an iterated layer: its input is
+            its output; None: nothing.
         log_prob: (b,) of the decision, with the policy's graph; None: the policy does not learn.
         entropy: (b,) of the distribution it was drawn from, with its graph; None likewise.
         expected_price: (b,) of that distribution, with its graph; None likewise.
         baseline: (b,) the reward that the policy expects, with its graph; None likewise.
+        preferred: (b, N) bool, what it would choose at inference, where ``layers`` was drawn; None: the same.
+        distribution: (b, N + 1) what ``layers`` was drawn from, NOP first, with its graph; None likewise.
         weight: (b,) ones with the gradient of the probability of the decision (straight-through), which
             the iterated states are weighted with; None: the decision gets no gradient through them.
     """
@@ -80,6 +86,9 @@ class Selection:
     expected_price: Tensor | None = None
     baseline: Tensor | None = None
     weight: Tensor | None = None
+    preferred: Tensor | None = None
+    distribution: Tensor | None = None
+    skip: Tensor | None = None
 
     @staticmethod
     def of_actions(actions: Tensor, count: int) -> Tensor:
@@ -94,3 +103,16 @@ class Selection:
                 f"Policy {name} must choose with {wanted} booleans, one for each sample and layer; it gave "
                 f"{tuple(self.layers.shape)} of {self.layers.dtype}."
             )
+        if self.skip is None:
+            return
+        if tuple(self.skip.shape) != wanted or self.skip.dtype != torch.bool:
+            raise OptionError(
+                f"Policy {name} must skip with {wanted} booleans; it gave {tuple(self.skip.shape)} of "
+                f"{self.skip.dtype}."
+            )
+        for place, layer in enumerate(view.layers):
+            if not view.skippable[place] and bool(self.skip[:, place].any()):
+                raise OptionError(
+                    f"Policy {name} skips layer {layer!r}, whose output has another shape than its input. "
+                    "Skip only where view.skippable says so."
+                )

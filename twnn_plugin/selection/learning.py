@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import OptionError
 from .record import SelectionRecord
 
-__all__ = ["Reward", "policy_loss", "reward"]
+__all__ = ["Reward", "closed_loss", "policy_loss", "reward"]
 
 _MEASURES = ("accuracy", "likelihood")
 
@@ -127,3 +127,19 @@ def policy_loss(record: SelectionRecord, logits: Tensor, targets: Tensor, settin
         if chosen.entropy is not None:
             total = total - settings.entropy * chosen.entropy.float().sum() / batch
     return settings.weight * total
+
+
+def closed_loss(record: SelectionRecord, targets: Tensor, weight: float = 0.5) -> Tensor:
+    """``weight`` times the cross-entropy of the open-loop prediction, over every sample: a scalar.
+
+    Without it, the open-loop pass learns from the samples alone that chose NOP, and a network that iterates
+    much forgets how to answer at once.
+
+    Args:
+        record: of a pass in training.
+        targets: (B, ...) integers.
+        weight: >= 0.
+    """
+    if not weight >= 0:
+        raise OptionError(f"The closed loss needs a weight >= 0; got {weight!r}.")
+    return weight * F.cross_entropy(record.closed.float(), targets)

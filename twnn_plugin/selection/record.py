@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..blocks import Report, SpanRecord
 from ..policies.selection import Selection
 
-__all__ = ["Decision", "SelectionRecord"]
+__all__ = ["Decision", "SelectionRecord", "SelectionReport"]
 
 
 @dataclass
@@ -49,6 +50,10 @@ class SelectionRecord:
         multiply_adds: executed after the open-loop pass, all rows together.
         open_loop: multiply-adds of the network for one sample.
         first: (B, K) the open-loop prediction.
+        closed: the same with its graph in training, for the loss of the closed path.
+        fallback: (B, N) bool, true where a solve failed and the layer's open-loop output was kept.
+        evaluations: for each of the N, rows evaluated by its solves.
+        solved: for each, multiply-adds executed by these.
         decisions: one after the other.
     """
 
@@ -62,6 +67,10 @@ class SelectionRecord:
     multiply_adds: int
     open_loop: int
     first: Tensor
+    closed: Tensor = field(repr=False)
+    fallback: Tensor
+    evaluations: tuple[int, ...]
+    solved: tuple[int, ...]
     decisions: list[Decision] = field(default_factory=list, repr=False)
 
     @property
@@ -96,7 +105,43 @@ class SelectionRecord:
         table = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (head, *lines)
         ]
+        lost = int(self.fallback.any(dim=1).sum())
+        if lost:
+            table.append(f"samples that kept an open-loop value, as a solve failed: {lost}")
         batch = max(self.counts.shape[0], 1)
         extra = self.multiply_adds / batch / max(self.open_loop, 1)
         table.append(f"multiply-adds a sample: {1 + extra:.2f} times the open-loop pass")
         return "\n".join([table[0], "-" * len(table[0]), *table[1:]])
+
+    def spans(self) -> list[SpanRecord]:
+        """The same as one record for each layer's self-loop."""
+        opened = self.counts.to(torch.float32)
+        return [
+            SpanRecord(
+                f"{name}->{name}",
+                opened[:, place].clamp(max=1),
+                opened[:, place].clamp(max=1),
+                self.status[:, place],
+                self.steps[:, place],
+                self.residual[:, place],
+                self.fallback[:, place],
+                self.evaluations[place],
+                self.solved[place],
+            )
+            for place, name in enumerate(self.layers)
+        ]
+
+
+class SelectionReport(Report):
+    """One :class:`~twnn_plugin.blocks.SpanRecord` for each layer that can be iterated; empty before a pass.
+
+    Attributes:
+        selection: the whole record, with every decision; None before a pass.
+    """
+
+    def __init__(self, selection: SelectionRecord | None):
+        super().__init__([] if selection is None else selection.spans())
+        self.selection = selection
+
+    def __str__(self) -> str:
+        return super().__str__() if self.selection is None else str(self.selection)

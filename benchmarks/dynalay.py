@@ -1,0 +1,114 @@
+"""``dynalay``: the experiments of Mathur & Plis (2023) on the data at hand, and what its agent is worth.
+
+Table 1 and figures 2 to 6 of the paper, their figures beside ours. Every cell is one training run with one
+seed; the baselines are the three-layer CNN trained as long, torchdeq's DEQ with implicit and phantom
+gradients, and, on DynaLay's own network, iterating always, at random, by entropy and by halting, at equal
+cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import twnn_plugin as tw
+from zoo.errors import DataError
+
+from .dynalaying import pictures, report
+from .dynalaying.claims import claims
+from .dynalaying.judge import judge
+from .dynalaying.tasks import LAYERS, QUICK, TASKS, Task, deq, dynalay, parts, plain
+from .dynalaying.train import backward_times, fit, forward_cost, percent, predict
+from .harness import BenchError, Benchmark, Cell, Claim, Settings, Table, register
+
+__all__ = ["DynaLay"]
+
+ARMS = ("dynalay", "longer", "deq-implicit", "deq-phantom", "cold", "model0", "model1", "model2")
+
+
+class DynaLay(Benchmark):
+    """An agent that picks layers to iterate, against those that need none."""
+
+    name = "dynalay"
+    question = (
+        "Is an agent that picks, per sample, which layers are iterated worth its while, and at which cost?"
+    )
+
+    def cells(self, settings: Settings) -> list[Cell]:
+        tasks = QUICK if settings.quick else _present(TASKS)
+        return [
+            Cell(f"{task.name}/{arm}/seed{seed}", {"task": task.name, "arm": arm, "seed": seed})
+            for task in tasks.values()
+            for seed in settings.seeds
+            for arm in ARMS
+        ]
+
+    def check(self, settings: Settings) -> None:
+        if settings.device != "cpu":
+            raise BenchError("dynalay trains tiny networks on a CPU; there is nothing for a GPU to do.")
+
+    def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
+        task = (QUICK if settings.quick else TASKS)[cell.options["task"]]
+        arm, seed = cell.options["arm"], cell.options["seed"]
+        data = parts(task)
+        torch.manual_seed(seed)
+        size = f"{task.img_size}x{task.img_size}"
+        used = f"{task.name}, {len(data['train'].labels)} training images, {size}"
+        common = {"recipe": asdict(task.recipe), "data": used}
+        if arm in ("dynalay", "cold", "model1", "model2"):
+            return {**common, **_dynalay(task, data, arm, seed)}
+        model = deq(task, arm == "deq-implicit") if arm.startswith("deq") else plain(task)
+        factor = {"longer": task.recipe.longer, "model0": 1.0}.get(
+            arm, task.recipe.deq_epochs / task.recipe.epochs
+        )
+        found = fit(model, task, data, seed, factor)
+        right = (predict(model, data["test"]).argmax(dim=1) == data["test"].labels).float()
+        return {
+            **common,
+            **found,
+            "test": percent(right),
+            "forward": forward_cost(model, data["test"].images[:1]),
+            "times": backward_times(model, data["train"]),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+
+    def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
+        return report.tables(cells)
+
+    def plots(self, cells: list[dict[str, Any]], folder: Path) -> list[Path]:
+        return pictures.plots(cells, folder)
+
+    def claims(self, cells: list[dict[str, Any]]) -> list[Claim]:
+        return claims(cells)
+
+
+def _present(tasks: dict[str, Task]) -> dict[str, Task]:
+    """Those whose data are there; Fashion-MNIST is asked for in any case."""
+    found = {}
+    for name, task in tasks.items():
+        if name != "fashion_mnist":
+            try:
+                parts(task)
+            except DataError:
+                continue
+        found[name] = task
+    return found
+
+
+def _dynalay(task: Task, data: dict[str, Any], arm: str, seed: int) -> dict[str, Any]:
+    """Train DynaLay's main model, teach its agent, compare."""
+    layers = {"model1": LAYERS[:1], "model2": LAYERS[:2]}.get(arm, LAYERS)
+    model = dynalay(task, layers)
+    recipe = task.recipe
+    if arm == "cold":  # figure 4: without the warm-up
+        task = replace(task, recipe=replace(recipe, warm=0.0))
+    found = fit(model, task, data, seed)
+    judged = judge(model, task, data, seed)
+    tw.configure(model, adjoint="implicit", max_iter=recipe.max_iter)
+    return {**found, **judged, "times": backward_times(model, data["train"])}
+
+
+register(DynaLay())

@@ -1,0 +1,1 @@
+"""Parts of the ``dynalay`` benchmark."""

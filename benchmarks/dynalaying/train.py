@@ -1,0 +1,217 @@
+"""Training the networks of ``dynalay``, and teaching its agents."""
+
+from __future__ import annotations
+
+import math
+import time
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.flop_counter import FlopCounterMode
+
+import twnn_plugin as tw
+from twnn_plugin.policies import Policy
+from twnn_plugin.selection import Reward, Study, closed_loss, informed_loss, selection_of
+
+from .tasks import LAYERS, Part, Recipe, Task
+
+__all__ = ["BACKWARD", "backward_times", "fit", "forward_cost", "percent", "predict", "reward_of", "teach"]
+
+BACKWARD = 2.0
+"""Multiply-adds of a backward pass over those of its forward pass: one product each for weights and input."""
+
+_UNREACHABLE = 1e-12  # a tolerance that no row meets, so that the number of evaluations is the one drawn
+_BATCH = 500
+
+
+def fit(
+    model: nn.Module, task: Task, data: dict[str, Part], seed: int, factor: float = 1.0
+) -> dict[str, Any]:
+    """Train a network from scratch, in place.
+
+    DynaLay's main model is trained without its agent: after the warm-up each sample iterates a layer drawn at
+    random, or none.
+
+    Args:
+        model: ``cnn3``, DynaLay or a DEQ.
+        task: says how.
+        data: the task's parts.
+        seed: of order and draws.
+        factor: times the recipe's epochs.
+
+    Returns:
+        ``curve``: by epoch the training loss, and loss and accuracy on the images that choose (figure 2);
+        ``training``: multiply-adds of all passes.
+    """
+    return _Fit(model, task.recipe, data, seed, factor).run()
+
+
+class _Fit:
+    def __init__(self, model: nn.Module, recipe: Recipe, data: dict[str, Part], seed: int, factor: float):
+        self.model, self.recipe, self.data = model, recipe, data
+        self.selection = selection_of(model)
+        self.epochs = max(1, round(recipe.epochs * factor))
+        self.each = len(data["train"].labels) // recipe.batch
+        self.draw = torch.Generator().manual_seed(seed + 1000)
+        self.warm = round(recipe.warm * self.epochs) if self.selection is not None else 0
+        self.spent = 0.0
+        self.cost = forward_cost(model, data["train"].images[:1]) if self.selection is None else 0
+
+    def run(self) -> dict[str, Any]:
+        optimizer, schedule = self._optimizer()
+        curve = []
+        for epoch in range(self.epochs):
+            if self.selection is not None:
+                self.selection.configure(policy=self._exploring(epoch), tol=_UNREACHABLE)
+            total = 0.0
+            for rows in torch.randperm(len(self.data["train"].labels), generator=self.draw).split(
+                self.recipe.batch
+            ):
+                if len(rows) < self.recipe.batch:
+                    continue
+                loss = self._loss(self.data["train"].rows(rows))
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+                optimizer.step()
+                schedule.step()
+                total += float(loss.detach())
+            curve.append({"train": total / max(self.each, 1), **self._judge()})
+        self.model.eval()
+        return {"curve": curve, "training": round(self.spent), "epochs": self.epochs}
+
+    def _exploring(self, epoch: int) -> Policy:
+        """Nobody while the main model is warmed up, then layers drawn at random."""
+        if epoch < self.warm or self.selection is None:
+            return tw.policy("never")
+        weights = [
+            w for name, w in zip(LAYERS, self.recipe.weights, strict=True) if name in self.selection.iterated
+        ]
+        return tw.policy("random", p=self.recipe.share, weights=weights)
+
+    def _optimizer(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        named = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in named if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
+            {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        total = self.epochs * self.each
+        rising = max(1, round(0.15 * total))
+
+        def factor(update: int) -> float:
+            if update < rising:
+                return (update + 1) / rising
+            return 0.5 * (1 + math.cos(math.pi * (update - rising) / max(1, total - rising)))
+
+        optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr)
+        return optimizer, LambdaLR(optimizer, factor)
+
+    def _loss(self, part: Part) -> Tensor:
+        self.model.train()
+        if self.selection is None:
+            self.spent += (1 + BACKWARD) * self.cost * len(part.labels)
+            return F.cross_entropy(self.model(part.images), part.labels)
+        draws = self.recipe.draws
+        count = draws[int(torch.randint(len(draws), (1,), generator=self.draw))]
+        self.selection.configure(max_iter=count)
+        logits = self.model(part.images)
+        record = self.selection.last
+        assert record is not None
+        self.spent += (1 + BACKWARD) * (record.open_loop * len(part.labels) + record.multiply_adds)
+        loss = closed_loss(record, part.labels, self.recipe.closed)
+        opened = torch.nonzero(record.iterated).flatten()  # the others' loss is the closed one
+        if opened.numel():
+            share = opened.numel() / len(part.labels)
+            loss = loss + share * F.cross_entropy(logits[opened], part.labels[opened])
+        return loss
+
+    @torch.no_grad()
+    def _judge(self) -> dict[str, float]:
+        """Of the network with nothing iterated."""
+        if self.selection is not None:
+            self.selection.configure(policy=tw.policy("never"))
+        logits = predict(self.model, self.data["choose"])
+        labels = self.data["choose"].labels
+        return {
+            "loss": float(F.cross_entropy(logits, labels)),
+            "accuracy": percent((logits.argmax(dim=1) == labels).float()),
+        }
+
+
+def forward_cost(model: nn.Module, image: Tensor) -> int:
+    """Multiply-adds of one image (1, C, H, W) through a plain network in eval mode."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.eval()(image)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def predict(model: nn.Module, part: Part) -> Tensor:
+    """(N, 10) logits in eval mode."""
+    model.eval()
+    return torch.cat([model(images) for images in part.images.split(_BATCH)])
+
+
+def percent(right: Tensor) -> float:
+    """Of a (N,) tensor of zeros and ones, or of probabilities."""
+    return round(100 * float(right.double().mean()), 3)
+
+
+def reward_of(beta: float) -> Reward:
+    """Quality is the likelihood of the truth, cost is multiply-adds; against what NOP would have given."""
+    return Reward(alpha=1.0, beta=beta, measure="likelihood", weight=1.0, entropy=1e-3, floor=-3.0)
+
+
+def teach(policy: Policy, seen: Study, labels: Tensor, recipe: Recipe, beta: float, seed: int) -> list[float]:
+    """Teach an agent on a frozen network, with what every choice comes to.
+
+    Args:
+        policy: bound to the network, learning.
+        seen: what it sees of the images that it is taught on, and the outcomes.
+        labels: (n,) of them.
+        recipe: says for how long.
+        beta: the price of cost.
+        seed: of the order.
+
+    Returns:
+        The mean expected reward of each epoch.
+    """
+    settings = reward_of(beta)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.1)
+    draw = torch.Generator().manual_seed(seed)
+    rewards = []
+    for _ in range(recipe.agent_epochs):
+        policy.train()
+        total = []
+        for rows in torch.randperm(len(labels), generator=draw).split(256):
+            loss = informed_loss(policy, seen.rows(rows), labels[rows], settings)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total.append(-float(loss.detach()))
+        rewards.append(sum(total) / len(total))
+    policy.eval()
+    return rewards
+
+
+def backward_times(model: nn.Module, part: Part, rounds: int = 15, batch: int = 64) -> dict[str, float]:
+    """Median seconds of forward and backward passes in training mode, at the network's present settings."""
+    forward, backward = [], []
+    model.train()
+    for at in range(rounds + 3):
+        rows = torch.arange(at * batch, (at + 1) * batch) % len(part.labels)
+        begin = time.perf_counter()
+        loss = F.cross_entropy(model(part.images[rows]), part.labels[rows])
+        middle = time.perf_counter()
+        loss.backward()
+        end = time.perf_counter()
+        model.zero_grad()
+        forward.append(middle - begin)
+        backward.append(end - middle)
+    model.eval()
+    return {"forward_s": median(forward[3:]), "backward_s": median(backward[3:])}

@@ -1,0 +1,73 @@
+"""The ``dynalay`` benchmark: what it says of policies agrees with what the network does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.dynalay import DynaLay
+from benchmarks.dynalaying import judge, report
+from benchmarks.harness import BenchError, Settings
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[dict[str, Any]]:
+    """Two finished cells of a quick run."""
+    bench, settings = DynaLay(), Settings(quick=True)
+    chosen = [cell for cell in bench.cells(settings) if cell.options["arm"] in ("dynalay", "longer")]
+    made = []
+    for cell in chosen:
+        data = bench.run_cell(cell, settings)
+        made.append({"key": cell.key, "options": cell.options, "status": "ok", "reason": "", "data": data})
+    return made
+
+
+def test_the_policies_are_compared_on_what_the_network_does(cells: list[dict[str, Any]]) -> None:
+    data = next(cell["data"] for cell in cells if cell["options"]["arm"] == "dynalay")
+    test = data["test"]
+    assert test["agent"]["accuracy"] == test["agent_run"]["accuracy"]
+    assert test["agent"]["cost"] == pytest.approx(test["agent_run"]["cost"], rel=1e-3, abs=1e-6)
+    accuracies = [layer["accuracy"] for layer in test["layers"]]
+    assert test["oracle"]["accuracy"] >= max(accuracies)
+    assert test["random"]["cost"] == pytest.approx(test["agent"]["cost"], rel=1e-3, abs=1e-6)
+    assert min(accuracies) - 1e-3 <= test["random"]["accuracy"] <= max(accuracies) + 1e-3
+    shares = [point["shares"][0] for point in data["sweep"]]
+    assert shares == sorted(shares)  # a higher price turns choices into NOP alone
+    assert 1 + data["chosen_frugal"]["cost"] <= 1.3 or data["chosen_frugal"]["cost"] == 0
+
+
+def test_tables_plots_and_claims_are_made_of_the_cells(cells: list[dict[str, Any]], tmp_path: Path) -> None:
+    bench = DynaLay()
+    text = "\n".join(str(row) for table in bench.tables(cells) for row in table.rows)
+    longer = next(cell["data"] for cell in cells if cell["options"]["arm"] == "longer")
+    assert f"{longer['test']:.2f}" in text
+    claims = bench.claims(cells)
+    assert {"figure 2", "figure 3", "figure 5", "table 1"} <= {claim.claim.split(",")[0] for claim in claims}
+    for path in bench.plots(cells, tmp_path):
+        assert path.stat().st_size > 1000
+    for cell in cells:
+        cell_without = [{**c, "status": "failed", "data": None} if c is cell else c for c in cells]
+        assert isinstance(bench.claims(cell_without), list)  # a failed cell loses its own lines alone
+
+
+def test_random_is_the_expectation_over_draws() -> None:
+    right = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    cost = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    seen: Any = type("S", (), {"right": right, "cost": cost})()
+    found = judge._random(seen, {"shares": [0.5, 0.25, 0.25], "cost": 0.75})
+    # Half iterate: layer 1 and layer 2 alike, at 1.5 on average; right with 1/2, 1/2 and 1.
+    assert found["cost"] == pytest.approx(0.75)
+    assert found["accuracy"] == pytest.approx(100 * (0.5 * 0.5 + 0.5 * 0.75))
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    assert report.spread([1.0, 3.0]) == "2.00 (1.00 to 3.00)"
+    assert report.spread([float("nan")]) == "-"
+
+
+def test_it_runs_on_a_cpu_alone() -> None:
+    with pytest.raises(BenchError, match="CPU"):
+        DynaLay().check(Settings(device="cuda"))

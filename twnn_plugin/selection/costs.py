@@ -1,0 +1,96 @@
+"""What each part of a network costs, and what its activations look like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..blocks import Feedback
+from ..errors import MapError
+from .protocols import Counted
+
+__all__ = ["Costs", "count", "evaluating", "probe"]
+
+
+class Costs:
+    """Multiply-adds for one sample.
+
+    Args:
+        parts: of each layer and, last, the head.
+        messages: of each connection.
+        places: of the layers that can be iterated, among the parts.
+
+    Attributes:
+        total: of the open-loop pass.
+        again: for each layer that can be iterated, of what is computed again after it.
+        replay: for each, of one evaluation of it with its message.
+        prices: (N,) one evaluation and what follows, as a share of the total.
+    """
+
+    def __init__(self, parts: Sequence[int], messages: Sequence[int], places: Sequence[int]):
+        self.parts, self.messages, self.total = tuple(parts), tuple(messages), sum(parts)
+        self.again = tuple(sum(parts[place + 1 :]) for place in places)
+        self.replay = tuple(parts[place] + message for place, message in zip(places, messages, strict=True))
+        whole = max(self.total, 1)
+        self.prices = torch.tensor([(r + a) / whole for r, a in zip(self.replay, self.again, strict=True)])
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within this, the modules are in eval mode."""
+    modes = [(module, module.training) for part in modules for module in part.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def probe(modules: Sequence[nn.Module], names: Sequence[str], example: Tensor) -> list[Tensor]:
+    """The activations from the input to the logits, in eval mode.
+
+    Raises:
+        MapError: a layer does not map a tensor to a tensor of the same batch size.
+    """
+    values = [example]
+    with evaluating(modules):
+        for name, module in zip((*names, "head"), modules, strict=True):
+            out = module(values[-1])
+            if not isinstance(out, Tensor) or out.dim() == 0 or out.shape[0] != example.shape[0]:
+                got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise MapError(
+                    f"Layer {name!r} must return one tensor with the {example.shape[0]} rows it was "
+                    f"given; it returned {got}."
+                )
+            values.append(out)
+    return values
+
+
+def count(
+    modules: Sequence[nn.Module], feedbacks: Sequence[Feedback], places: Sequence[int], x: Tensor
+) -> Costs:
+    """Multiply-adds of each part for one sample of the shape of those in ``x`` (B, ...)."""
+    parts: list[int] = []
+    messages: list[int] = []
+    states = [x.detach().new_zeros(1, *x.shape[1:])]
+    with evaluating(modules):
+        for module in modules:
+            given = states[-1]
+            with FlopCounterMode(display=False) as counter:
+                states.append(module(given))
+            own = isinstance(module, Counted)
+            parts.append(module.multiply_adds_of(given) if own else counter.get_total_flops() // 2)
+        for place, feedback in zip(places, feedbacks, strict=True):
+            # Beforehand, as in a solve: a constrained weight is worked out once, and does not count.
+            weight = feedback.message.weight()
+            with FlopCounterMode(display=False) as counter:
+                feedback.message(states[place + 1], states[place].shape, weight)
+            messages.append(counter.get_total_flops() // 2)
+    return Costs(parts, messages, places)

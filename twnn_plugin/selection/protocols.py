@@ -1,0 +1,45 @@
+"""What a layer or a policy may say of itself, beside what it must."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = ["CostWeighted", "Counted", "Learner"]
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A layer that counts its own multiply-adds, since its kernels are closed to torch's counter.
+
+    Fused recurrent kernels are: ``FlopCounterMode`` finds no matrix product in ``nn.LSTM``.
+    """
+
+    def multiply_adds_of(self, example: Tensor) -> int:
+        """Multiply-adds of a call with ``example`` (B, ...), all rows together."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A policy that learns by training, and explores meanwhile."""
+
+    def stepped(self) -> None:
+        """Called once for each training step in which the policy learns: a schedule moves on."""
+        ...
+
+    def explore(self, share: float | None) -> None:
+        """Make this share of choices at random in training, 1 all; None: what the policy's schedule says."""
+        ...
+
+
+@runtime_checkable
+class CostWeighted(Protocol):
+    """A policy whose choices can be made dearer after training.
+
+    Attributes:
+        cost_weight: subtracted from the scores per unit of price; a higher one means less iterating.
+    """
+
+    cost_weight: float

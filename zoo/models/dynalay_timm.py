@@ -1,0 +1,234 @@
+"""``dynalay_<architecture>``: models of timm whose stages an agent picks from, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .dynalay import CONNECTION_OPTIONS, selected
+from .dynalay_split import Split, split, stem
+
+if TYPE_CHECKING:
+    from twnn_plugin.policies import Policy
+    from twnn_plugin.selection import LayerSelection
+
+__all__ = ["DynaLayNet", "register_dynalay_models"]
+
+_PUBLIC = len(__all__)
+PREFIX = "dynalay_"
+_SOLVES = ("solver", "adjoint", "tol", "max_iter", "stop", "norm")
+OPTIONS = ("fpi_layers", "policy", "max_choices", "open_head", *CONNECTION_OPTIONS, *_SOLVES)
+"""Options of every ``dynalay_`` model besides its backbone's own."""
+
+default_cfgs: dict[str, Any] = {}
+"""Pretrained configurations of the registered names, where timm looks for them."""
+
+
+class DynaLayNet(nn.Module):
+    """A backbone in timm's manners, and an agent that picks which of its stages each sample iterates.
+
+    Stage l becomes ``z = stage(h + message(z))``, solved to its fixed point for the samples that picked it
+    (Mathur & Plis 2023). Where nothing is iterated it is the backbone, bit for bit, and the backbone's
+    checkpoints load, strictly.
+
+    Args:
+        backbone: with ``forward_features``, ``forward_head`` and ``feature_info``, such as timm's models.
+        fpi_layers: names of the stages that can be iterated; None: all; (): none, and ``selection`` is None.
+        policy: registered name or instance: who iterates what; None: ``"dynalay"``.
+        max_choices: decisions a sample may make.
+        open_head: whether samples that iterated are answered by a head of their own.
+        **options: of connections and solves, as for
+            :class:`~zoo.models.dynalay.DynaLayCNN3`.
+
+    Raises:
+        AttachError: the backbone's stages are not called one after the other.
+        UnknownNameError: an unknown stage, policy, solver or adjoint, with the nearest name.
+        OptionError: an unknown option or an impossible value.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        fpi_layers: Sequence[str] | str | None = None,
+        policy: str | Policy | None = None,
+        max_choices: int = 3,
+        open_head: bool = False,
+        **options: Any,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        parts = split(backbone)
+        self.stages, self._first = parts.stages, (parts.layers[parts.stages[0]],)
+        self.selection = self._select(parts, fpi_layers, policy, max_choices, open_head, options)
+        self._whole: Any = (backbone,)
+        self.register_load_state_dict_pre_hook(_adopt_plain)
+
+    def _select(
+        self,
+        parts: Split,
+        fpi_layers: Sequence[str] | str | None,
+        policy: str | Policy | None,
+        max_choices: int,
+        open_head: bool,
+        options: dict[str, Any],
+    ) -> LayerSelection | None:
+        return selected(
+            parts.layers,
+            parts.stages,
+            parts.head,
+            parts.example,
+            parts.channels_last,
+            fpi_layers,
+            policy,
+            max_choices,
+            open_head,
+            **options,
+        )
+
+    @property
+    def _model(self) -> Any:
+        return self._whole[0]
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier."""
+        return self._model.num_classes
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the features."""
+        return self._model.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Features that the classifier is given."""
+        return self._model.head_hidden_size
+
+    @property
+    def feature_info(self) -> Any:
+        """The backbone's."""
+        return self._model.feature_info
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes)."""
+        if self.selection is None:
+            return self._model(x)
+        return self.selection(stem(self.backbone, self._first[0], x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The backbone's features, with nothing iterated."""
+        return self._model.forward_features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits, by the head of samples that are not iterated."""
+        return self._model.forward_head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's, with nothing iterated."""
+        return self._model.forward_intermediates(x, *args, **kwargs)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self._model.get_classifier()
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        """A new classifier for ``num_classes`` (0: none), for both paths."""
+        self._model.reset_classifier(num_classes, *args, **kwargs)
+        if self.selection is not None:
+            weight = next(self.parameters())
+            self.selection.set_head(split(self.backbone).head.to(weight.device, weight.dtype))
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers do not decay."""
+        ask = getattr(self._model, "no_weight_decay", None)
+        return {f"backbone.{name}" for name in (ask() if ask is not None else ())}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's groups of parameters by depth, for layer-wise learning rates."""
+        return {name: _under(rule) for name, rule in self._model.group_matcher(coarse=coarse).items()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Refused: the selection calls the stages itself, and would not checkpoint them.
+
+        Raises:
+            OptionError: ``enable`` is true.
+        """
+        from twnn_plugin.errors import OptionError
+
+        if enable:
+            raise OptionError(
+                "DynaLay models keep the activations of their open-loop pass for the agent: there is no "
+                "gradient checkpointing. The implicit adjoint already keeps one evaluation of each solve."
+            )
+
+
+def _under(rule: Any) -> Any:
+    """A rule of timm's group matchers for names that begin with ``backbone.``."""
+    if isinstance(rule, str):
+        return rule.replace("^", r"^backbone\.", 1)
+    if isinstance(rule, (list, tuple)):
+        return type(rule)(_under(part) for part in rule)
+    return rule
+
+
+def _adopt_plain(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Let a plain backbone's checkpoint load strictly; what it knows nothing of stays as it is."""
+    mine = (f"{prefix}backbone.", f"{prefix}selection.")
+    if any(key.startswith(mine) for key in state):
+        return
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}backbone.{key.removeprefix(prefix)}"] = state.pop(key)
+    for name, value in module.state_dict().items():
+        if name.startswith("selection."):
+            state[prefix + name] = value
+
+
+def register_dynalay_models(architectures: Iterable[str] | None = None) -> list[str]:
+    """Register ``dynalay_<name>`` for architectures in timm's registry; nothing is built.
+
+    Args:
+        architectures: their names; None: all of timm's own.
+
+    Returns:
+        The new names. Those whose stages cannot be picked from are refused when they are created.
+    """
+    from twnn_plugin.backbones import timm_adapter
+
+    names = list(timm_adapter.architectures() if architectures is None else architectures)
+    made = []
+    for name in names:
+        derived = PREFIX + name
+        if timm_adapter.is_registered(derived):
+            continue
+        config = timm_adapter.default_cfg(name)
+        if config is not None:
+            default_cfgs[derived] = config
+        timm_adapter.register(_entry(name, timm_adapter.entry_point(name)))
+        del __all__[_PUBLIC:]  # timm adds the name, which is none of this module's
+        made.append(derived)
+    return made
+
+
+def _entry(name: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        from twnn_plugin.backbones import timm_adapter
+
+        options = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
+        if pretrained:
+            overlay = kwargs.pop("pretrained_cfg_overlay", None)
+            kwargs["pretrained_cfg"] = timm_adapter.resolved(
+                PREFIX + name, kwargs.get("pretrained_cfg"), overlay
+            )
+        backbone = create(pretrained=pretrained, **kwargs)
+        model = DynaLayNet(backbone, **options)
+        config: Any = dict(backbone.pretrained_cfg)  # type: ignore[arg-type]
+        config["architecture"] = PREFIX + name
+        model.pretrained_cfg = model.default_cfg = config
+        return model
+
+    build.__name__ = build.__qualname__ = PREFIX + name
+    build.__module__ = __name__
+    build.__doc__ = f"{name} with an agent that picks stages to iterate; options {', '.join(OPTIONS)}."
+    return build
