@@ -21,6 +21,7 @@ from .config import TrainConfig
 from .errors import ConfigError, ZooError
 from .options import (
     TASK_OPTIONS,
+    Numbers,
     config_options,
     expand_model_kwargs,
     explicit_values,
@@ -128,7 +129,10 @@ def list_names(kind: str | None) -> None:
 @task_options(training=True)
 @click.pass_context
 def train(ctx: click.Context, **options: Any) -> None:
-    """Train any timm model, ours included.
+    """Train any timm model, ours included, on images or on text.
+
+    With --policy dynalay an agent learns which layers of a dynalay_ model to iterate for which sample (the
+    default model then: dynalay_cnn3, or dynalay_lstm3 for text such as --dataset kjv-small).
 
     Models of generated tasks (twnn_prefix, twnn_maze, ff_prefix, ...) are trained on examples drawn as they
     are needed, or on the deep-thinking benchmark's files in --data-dir; twnn_pathfinder on generated images.
@@ -146,6 +150,7 @@ def train(ctx: click.Context, **options: Any) -> None:
         options["model_kwargs"] = parse_model_kwargs(options["model_kwargs"])
         click.echo(train_from_options(options, explicit_values(ctx, options), _console()))
         return
+    from .data.text_specs import is_text, text_name
     from .train import train as run
 
     own = {name: options.pop(name) for name in TASK_OPTIONS if name in options and name != "seed"}
@@ -156,14 +161,27 @@ def train(ctx: click.Context, **options: Any) -> None:
         from .tasks.run import pathfinder_data
 
         data = pathfinder_data(own, options, explicit_values(ctx, options))
+    _choose_model(options, explicit_values(ctx, options))
     config = _train_config(ctx, options)
     result = run(config, data=data, console=_console())
     if int(os.environ.get("RANK", "0")) == 0:
+        best = f"accuracy {100 * result.best_metric:.2f} %"
+        if is_text(config.dataset) and text_name(config.dataset).task == "language":
+            best = f"perplexity {1 / result.best_metric:.2f}"
         click.echo(
             f"Trained {config.model} on {config.dataset}: {result.updates} updates in "
-            f"{result.seconds:.1f} s, best validation accuracy {100 * result.best_metric:.2f} % "
+            f"{result.seconds:.1f} s, best validation {best} "
             f"in epoch {result.best_epoch + 1}. Next: twnn eval --checkpoint {result.best_checkpoint}"
         )
+
+
+def _choose_model(options: dict[str, Any], given: dict[str, Any]) -> None:
+    """Where no model was named: one for the kind of data and of policy."""
+    if "model" in given:
+        return
+    from .construct import default_model
+
+    options["model"] = default_model(options["dataset"], options["policy"]) or options["model"]
 
 
 def _train_config(ctx: click.Context, options: dict[str, Any]) -> TrainConfig:
@@ -172,6 +190,7 @@ def _train_config(ctx: click.Context, options: dict[str, Any]) -> TrainConfig:
     from .train import resume_path
 
     options["model_kwargs"] = parse_model_kwargs(options["model_kwargs"])
+    options["policy_kwargs"] = parse_model_kwargs(options["policy_kwargs"], "--policy-kwargs")
     given = explicit_values(ctx, options)
     by_path = options["resume"] not in (None, "auto")
     if options["output"] is None and not by_path:
@@ -211,6 +230,11 @@ def _run_name(model: str, dataset: str) -> str:
 @click.option("--max-iter", type=int, help="Iterations a solve may take.")
 @click.option("--stop", type=click.Choice(("rel", "abs")), help="Relative or absolute residual.")
 @click.option("--norm", type=click.Choice(("l2", "max")), help="Norm of the residual.")
+@click.option("--policy", help="Another policy than the trained one: who is iterated ('twnn list policies').")
+@click.option("--policy-kwargs", multiple=True, metavar="NAME=VALUE...", help="Options of --policy.")
+@click.option(
+    "--cost-weights", type=Numbers(), help="Agents: evaluate at these weights of the cost, as in 0,0.5,1,2."
+)
 @click.option("--latency/--no-latency", default=True, show_default=True, help="Time forward passes.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write figures here."
@@ -225,10 +249,17 @@ def evaluate(**options: Any) -> None:
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"The folder of --json {json_file} does not exist; make it first.")
     options["model_kwargs"] = parse_model_kwargs(options["model_kwargs"])
+    options["policy_kwargs"] = parse_model_kwargs(options["policy_kwargs"], "--policy-kwargs")
+    if options["policy_kwargs"] and options["policy"] is None:
+        raise ConfigError("--policy-kwargs are options of a policy; name one with --policy.")
     title, figures, rows = _evaluate(options)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     _print_table(title, ("figure", "value"), rows)
+    if figures.get("sweep"):
+        from .evalrun import sweep_rows
+
+        _print_table("Without retraining, by what iterating costs", *sweep_rows(figures))
 
 
 def _evaluate(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sequence[Sequence[str]]]:
@@ -244,6 +275,9 @@ def _evaluate(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sequence[Se
     if name is not None and task_of_model(name) is not None:
         from .tasks.run import evaluate_task, score_rows
 
+        for option in ("policy", "cost_weights"):
+            if options[option] is not None:
+                raise ConfigError(f"--{option.replace('_', '-')} does not apply to {name}.")
         title, figures = evaluate_task({**options, "model": name}, _console())
         return title, figures, score_rows(figures)
     refuse_task_options(options, name, TASK_OPTIONS)

@@ -19,10 +19,13 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant", "none")
 CLIP_MODES = ("norm", "value", "agc")
 AMP_DTYPES = ("float16", "bfloat16")
 CROP_MODES = ("rrc", "rkrc", "rkrr")
+LEVELS = ("word", "char")
+MEASURES = ("accuracy", "likelihood")
 
 _NOT_NEGATIVE = (
     *("seed", "workers", "warmup_epochs", "checkpoint_interval", "log_interval"),
     *("weight_decay", "min_lr", "warmup_lr", "mixup", "cutmix", "color_jitter", "momentum"),
+    *("reward_alpha", "reward_beta", "reward_repeat", "reward_entropy", "closed_weight"),
 )
 
 FREE_FIELDS = frozenset(
@@ -49,9 +52,15 @@ class TrainConfig:
     )
     pretrained: bool = _opt(False, "Start from the model's published weights.")
     initial_checkpoint: str | None = _opt(None, "Start from the weights in this file (not a resume).")
-    dataset: str = _opt("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, folder, or a path.")
+    dataset: str = _opt(
+        "digits",
+        "digits, cued_digits, mnist, fashion_mnist, cifar10, cifar100, folder, a path; texts: kjv-small, ...",
+    )
     data_dir: str | None = _opt(None, "Folder where the data set is (default: $TWNN_DATA_DIR or the cache).")
     dataset_download: bool = _opt(False, "Fetch the data set if it is not there.")
+    text_level: str = _opt("word", "Texts: what a token is.", LEVELS)
+    text_length: int | None = _opt(None, "Texts: tokens of a window or document (default: the set's own).")
+    vocab_size: int | None = _opt(None, "Texts: size of the vocabulary (default: the set's own).")
     img_size: int | None = _opt(None, "Height and width of the images, in pixels (default: the set's own).")
     epochs: int = _opt(20, "Passes over the training set.")
     batch_size: int = _opt(64, "Images per update and process.")
@@ -82,6 +91,24 @@ class TrainConfig:
     aa: str | None = _opt(None, "AutoAugment policy, such as rand-m9-mstd0.5.")
     reprob: float = _opt(0.0, "Probability of random erasing.")
     train_crop_mode: str | None = _opt(None, "Random crop, by timm's name (default: none).", CROP_MODES)
+    policy: str | None = _opt(None, "Who is iterated: a policy's name ('twnn list policies').")
+    policy_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Options of the policy, NAME=VALUE, as many as wanted."}
+    )
+    policy_lr: float | None = _opt(None, "Learning rate of an agent (default: that of the model).")
+    main_epochs: int | None = _opt(
+        None, "Epochs at first in which the main model learns and choices are random (default: a fifth)."
+    )
+    agent_epochs: int | None = _opt(
+        None, "Epochs after these in which the agent learns and the main model rests (default: a tenth)."
+    )
+    reward_alpha: float = _opt(0.5, "Agent: weight of the prediction's quality in the reward.")
+    reward_beta: float = _opt(0.3, "Agent: weight of the cost, as a share of the model's multiply-adds.")
+    reward_lambda: float = _opt(0.2, "Agent: weight of the reward in the loss.")
+    reward_repeat: float = _opt(0.05, "Agent: penalty for choosing a layer again at once.")
+    reward_entropy: float = _opt(0.01, "Agent: weight of the entropy bonus, against collapse to one choice.")
+    reward_measure: str = _opt("accuracy", "Agent: what a prediction's quality is.", MEASURES)
+    closed_weight: float = _opt(0.0, "Weight of a loss on the prediction before anything is iterated.")
     model_ema: bool = _opt(False, "Keep a moving average of the weights, and select on it.")
     model_ema_decay: float = _opt(0.999, "Decay of the moving average, per update.")
     model_ema_warmup: bool = _opt(False, "Let the decay grow at the start.")
@@ -106,6 +133,13 @@ class TrainConfig:
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._require("smoothing", 0 <= self.smoothing < 1, "at least 0 and below 1")
         self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "a positive number")
+        for name in ("policy_lr", "reward_lambda"):
+            value = getattr(self, name)
+            good = value is None or (value > 0 and math.isfinite(value))
+            self._require(name, good, "a positive number")
+        self._check_policy()
+        self._require("text_length", self.text_length is None or self.text_length >= 1, "at least 1 token")
+        self._require("vocab_size", self.vocab_size is None or self.vocab_size >= 4, "at least 4")
         self._require("img_size", self.img_size is None or self.img_size >= 1, "at least 1 pixel")
         for item in fields(self):
             choices, value = item.metadata.get("choices"), getattr(self, item.name)
@@ -116,6 +150,22 @@ class TrainConfig:
         if 1 < self.epochs <= self.warmup_epochs and self.sched != "none":
             raise ConfigError(
                 f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; take fewer."
+            )
+
+    def _check_policy(self) -> None:
+        if self.policy_kwargs and self.policy is None:
+            raise ConfigError("policy_kwargs are options of a policy; name one with policy.")
+        if self.reward_alpha + self.reward_beta <= 0:
+            raise ConfigError(
+                "reward_alpha and reward_beta are both 0: the reward says nothing. Set one of them."
+            )
+        for name in ("main_epochs", "agent_epochs"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 0, "at least 0")
+        if (self.main_epochs or 0) + (self.agent_epochs or 0) > self.epochs:
+            raise ConfigError(
+                f"main_epochs={self.main_epochs} and agent_epochs={self.agent_epochs} are more than "
+                f"epochs={self.epochs} together; take fewer."
             )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
@@ -153,10 +203,11 @@ def check_same_run(saved: Mapping[str, Any], config: TrainConfig, path: object) 
         CheckpointError: some setting outside :data:`FREE_FIELDS` differs.
     """
     now = config.as_dict()
+    before = {**TrainConfig().as_dict(), **saved}  # settings that an older version did not have
     differing = [
-        f"{name} was {saved.get(name)!r} and is now {now[name]!r}"
+        f"{name} was {before[name]!r} and is now {now[name]!r}"
         for name in now
-        if name not in FREE_FIELDS and saved.get(name) != now[name]
+        if name not in FREE_FIELDS and before[name] != now[name]
     ]
     if differing:
         raise CheckpointError(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from twnn_plugin.selection import Reward, selection_of
+
 from .errors import DataError
 from .metrics import ClassificationSums, WormholeSums
+from .selecting import SelectionSums, rewards_of
 
 __all__ = ["EvalResult", "Measured", "autocast", "evaluate", "measure"]
 
 Batch = tuple[Tensor, Tensor]
+
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,11 @@ class EvalResult:
         converged_share: share of the open pairs that converged; ``None`` if none was open.
         rows_evaluated: evaluations of spans inside solves, counted in rows, summed over the data.
         multiply_adds: multiply-adds of these evaluations.
+        perplexity: of a language model, ``exp(nll)``; its samples are tokens.
+        cost: where a policy picks layers, what was computed after the open-loop pass, as a share of the
+            network's multiply-adds.
+        reward: mean reward of its choices, if a reward was given.
+        shares: how often each choice was made, ``"nop"`` among them.
         batch_size: the batch size of ``latency_ms``.
         latency_ms: median time of a forward pass at ``batch_size``, in milliseconds; ``None`` if not timed.
         latency_ms_single: the same for one image.
@@ -48,6 +59,10 @@ class EvalResult:
     converged_share: float | None = None
     rows_evaluated: int | None = None
     multiply_adds: int | None = None
+    perplexity: float | None = None
+    cost: float | None = None
+    reward: float | None = None
+    shares: dict[str, float] | None = None
     batch_size: int = 0
     latency_ms: float | None = None
     latency_ms_single: float | None = None
@@ -63,11 +78,16 @@ class Measured:
 
     classes: ClassificationSums
     wormholes: WormholeSums
+    choices: SelectionSums | None = None
+    rewarded: bool = False
+    language: bool = False
 
     def reduce(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Replace the sums by those over all processes."""
         self.classes.sums = add_up(self.classes.sums)
         self.wormholes.sums = add_up(self.wormholes.sums)
+        if self.choices is not None:
+            self.choices.sums = add_up(self.choices.sums)
 
     def result(self) -> EvalResult:
         """The figures; latency is not among them."""
@@ -76,8 +96,22 @@ class Measured:
             accuracy=self.classes.accuracy,
             nll=self.classes.nll,
             ece=self.classes.ece,
+            perplexity=_perplexity(self.classes.nll) if self.language else None,
             **self.wormholes.figures(),
+            **self._chosen(),
         )
+
+    def _chosen(self) -> dict[str, Any]:
+        if self.choices is None:
+            return {}
+        figures = self.choices.figures()
+        reward, cost = figures.pop("reward"), figures.pop("cost")
+        shares = {name.removeprefix("share_"): share for name, share in figures.items()}
+        return {"cost": cost, "reward": reward if self.rewarded else None, "shares": shares}
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def autocast(device: torch.device, amp: bool, amp_dtype: str = "float16") -> AbstractContextManager[Any]:
@@ -95,30 +129,49 @@ def measure(
     amp: bool = False,
     amp_dtype: str = "float16",
     advance: Callable[[], None] = lambda: None,
+    reward: Reward | None = None,
 ) -> Measured:
     """Run ``model`` in eval mode over ``batches`` and add up what it does; its mode is put back.
 
     Args:
         model: on ``device``.
-        batches: images (B, C, H, W) and labels (B,).
+        batches: images (B, C, H, W) and labels (B,); or (B, T) tokens, and labels or (B, T) next tokens.
         device: where the model is.
         amp: mixed precision.
         amp_dtype: its type, on a GPU.
         advance: called after each batch, for progress bars.
+        reward: of choices among layers, for models that have them.
     """
-    measured = Measured(ClassificationSums(), WormholeSums())
+    selection = selection_of(model)
+    chosen = None if selection is None else SelectionSums(selection.iterated)
+    measured = Measured(ClassificationSums(), WormholeSums(), chosen, reward is not None)
     was_training = model.training
     model.eval()
     try:
         for images, labels in batches:
             with torch.no_grad(), autocast(device, amp, amp_dtype):
                 logits = model(images.to(device))
-            measured.classes.update(logits, labels)
+            if labels.dim() == 2:
+                measured = replace(measured, language=True)
+            _add_classes(measured.classes, logits, labels)
             measured.wormholes.update(model)
+            if selection is not None and selection.last is not None and chosen is not None:
+                earned = reward and rewards_of(selection.last, logits, labels.to(device), reward)
+                chosen.update(selection.last, earned)
             advance()
     finally:
         model.train(was_training)
     return measured
+
+
+def _add_classes(sums: ClassificationSums, logits: Tensor, labels: Tensor) -> None:
+    """Add a batch; of a language model in pieces, since a vocabulary is long."""
+    if labels.dim() == 1:
+        sums.update(logits, labels)
+        return
+    flat = logits.transpose(1, 2).flatten(0, 1)
+    for rows, wanted in zip(flat.split(_ROWS), labels.flatten().split(_ROWS), strict=True):
+        sums.update(rows, wanted)
 
 
 def evaluate(
@@ -130,6 +183,7 @@ def evaluate(
     amp_dtype: str = "float16",
     latency: bool = True,
     advance: Callable[[], None] = lambda: None,
+    reward: Reward | None = None,
 ) -> EvalResult:
     """Evaluate ``model``, wormholes included.
 
@@ -141,13 +195,14 @@ def evaluate(
         amp_dtype: its type, on a GPU.
         latency: time forward passes as well, after the figures are taken.
         advance: called after each batch, for progress bars.
+        reward: of choices among layers, for models that have them.
 
     Raises:
         DataError: there is no image.
     """
     device = torch.device(device)
     model.to(device)
-    measured = measure(model, batches, device, amp=amp, amp_dtype=amp_dtype, advance=advance)
+    measured = measure(model, batches, device, amp=amp, amp_dtype=amp_dtype, advance=advance, reward=reward)
     if not measured.classes.count:
         raise DataError("There are no images to evaluate; choose another data set or split.")
     figures = measured.result().as_dict()

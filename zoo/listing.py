@@ -10,7 +10,10 @@ import twnn_plugin as tw
 
 __all__ = ["MODEL_PATTERNS", "rows"]
 
-MODEL_PATTERNS = ("twnn_*", "dynalay_*", "deq_*", "hamiltonian_*", "cnn3", "resnet*_cifar", "ff_*", "rnn_*")
+MODEL_PATTERNS = (
+    *("twnn_*", "dynalay_*", "deq_*", "hamiltonian_*", "cnn3", "lstm3", "gru3", "resnet*_cifar"),
+    *("ff_*", "rnn_*"),
+)
 
 
 def rows(kind: str) -> list[tuple[str, str, str]]:

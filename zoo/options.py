@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
@@ -16,6 +17,7 @@ from .errors import ConfigError
 
 __all__ = [
     "TASK_OPTIONS",
+    "Numbers",
     "config_options",
     "expand_model_kwargs",
     "explicit_values",
@@ -23,6 +25,9 @@ __all__ = [
     "refuse_task_options",
     "task_options",
 ]
+
+_PAIRS = ("model_kwargs", "policy_kwargs")
+"""Settings that are given as several NAME=VALUE."""
 
 TASK_OPTIONS = ("bits", "maze_size", "contour_length", "updates", "method", "samples", "seed")
 """Options of ``train`` and ``eval`` that belong to generated tasks (``--seed`` in ``eval`` alone)."""
@@ -87,7 +92,7 @@ def _option(item: Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Calla
     help = item.metadata["help"]
     default = None if item.default is MISSING else item.default
     kind = _plain_type(hint)
-    if item.name == "model_kwargs":
+    if item.name in _PAIRS:
         return click.option(flag, multiple=True, metavar="NAME=VALUE...", help=help)
     if kind is bool:
         name = f"{flag}/--no-{flag[2:]}"
@@ -103,6 +108,26 @@ def _plain_type(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         return next(arg for arg in get_args(hint) if arg is not type(None))
     return hint
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers with commas between: ``0,0.5,1``."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """The numbers; a usage error if some part is none, or none is given."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(float(part) for part in value.replace(",", " ").split())
+        except ValueError:
+            found = ()
+        if not found or not all(math.isfinite(number) for number in found):
+            self.fail(f"{value!r} is not a list of numbers such as 0,0.5,1.", param, ctx)
+        return found
 
 
 class Integers(click.ParamType[tuple[int, ...]]):
@@ -129,23 +154,28 @@ def explicit_values(ctx: click.Context, options: Mapping[str, Any]) -> dict[str,
 
 
 def expand_model_kwargs(args: Iterable[str]) -> list[str]:
-    """``--model-kwargs a=1 b=2`` as ``--model-kwargs a=1 --model-kwargs b=2``."""
+    """``--model-kwargs a=1 b=2`` as ``--model-kwargs a=1 --model-kwargs b=2``, and so for a policy's."""
+    flags = ["--" + name.replace("_", "-") for name in _PAIRS]
     expanded: list[str] = []
-    inside = False
+    inside: str | None = None
     for arg in args:
         if arg.startswith("-"):
-            inside = arg == "--model-kwargs"
-            if not inside:
+            inside = arg if arg in flags else None
+            if inside is None:
                 expanded.append(arg)
-        elif inside:
-            expanded += ["--model-kwargs", arg]
+        elif inside is not None:
+            expanded += [inside, arg]
         else:
             expanded.append(arg)
     return expanded
 
 
-def parse_model_kwargs(pairs: Iterable[str]) -> dict[str, Any]:
+def parse_model_kwargs(pairs: Iterable[str], flag: str = "--model-kwargs") -> dict[str, Any]:
     """NAME=VALUE strings as a dict; a value that reads as a Python literal becomes one.
+
+    Args:
+        pairs: the strings.
+        flag: the option they were given with, for errors.
 
     Raises:
         ConfigError: a string without ``=`` or without a name.
@@ -154,7 +184,7 @@ def parse_model_kwargs(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         name, found, text = pair.partition("=")
         if not found or not name.isidentifier():
-            raise ConfigError(f"--model-kwargs takes NAME=VALUE, such as img_size=32; got {pair!r}.")
+            raise ConfigError(f"{flag} takes NAME=VALUE, such as img_size=32; got {pair!r}.")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -27,7 +27,14 @@ def register_models() -> list[str]:
     """Register the zoo's models with timm; their names. For once, at import."""
     from . import models
 
-    return [*models.NAMES, *register_wormhole_models(BACKBONES)]
+    dynamic = [name for name in BACKBONES if name.startswith("resnet")]
+    return [
+        *models.NAMES,
+        *models.DYNALAY,
+        *register_wormhole_models(BACKBONES),
+        *models.register_dynalay_models(),
+        *models.register_dynalay_models(dynamic),
+    ]
 
 
 register_models()

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .build import build_model, load_weights
+from .build import load_weights
 from .checkpoint import LAST, load_checkpoint
 from .config import TrainConfig, check_same_run
-from .data import Batches, DataSplits, make_transform
+from .construct import AnyBatches, AnyData, construct, text_batches
+from .data import Batches, make_transform
+from .data.text import TextSplits
 from .distributed import World
 from .errors import CheckpointError, ConfigError
 from .runlog import prepare_folder
@@ -68,13 +70,15 @@ def starting_point(config: TrainConfig) -> tuple[tuple[dict[str, Any], Path] | N
     return (state, path), replace(config, output=str(path.parent))
 
 
-def prepare_model(config: TrainConfig, data: DataSplits, model: nn.Module | None, here: World) -> nn.Module:
+def prepare_model(config: TrainConfig, data: AnyData, model: nn.Module | None, here: World) -> nn.Module:
     """The model on its device: the same weights in every process, its own random numbers in each."""
     from timm.utils import random_seed
 
     random_seed(config.seed)  # the same weights in every process
     if model is None:
-        model = build_model(config.model, data.spec, config.model_kwargs, config.pretrained)
+        model = construct(
+            config.model, data, config.model_kwargs, config.pretrained, config.policy, config.policy_kwargs
+        )
     if config.initial_checkpoint is not None:
         load_weights(model, config.initial_checkpoint)
     random_seed(config.seed, here.rank)  # but each its own dropout and mixing
@@ -97,8 +101,10 @@ def kernels(deterministic: bool, device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def train_batches(config: TrainConfig, data: DataSplits, here: World) -> Batches:
+def train_batches(config: TrainConfig, data: AnyData, here: World) -> AnyBatches:
     """Shuffled training batches of this process, augmented if the settings ask for it."""
+    if isinstance(data, TextSplits):
+        return text_batches(data, config, here)
     augment: dict[str, Any] = {
         "hflip": config.hflip,
         "vflip": config.vflip,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .build import fill_in
 from .config import TrainConfig
 from .errors import CheckpointError, ConfigError
 from .metrics import LossSums
+from .selecting import Selecting, make_selecting
 
 __all__ = ["Progress", "RunState", "make_run_state", "take_step"]
 
@@ -32,7 +33,7 @@ class Progress:
         epoch: the epoch that is running, from 0.
         step_in_epoch: updates of it that are done.
         updates: updates in all.
-        best_metric: best validation accuracy so far, -1 before the first.
+        best_metric: best validation accuracy so far (of language models 1 / perplexity), -1 before the first.
         best_epoch: its epoch, -1 before the first.
         seconds: time spent training, over all interruptions.
         lines: lines of ``metrics.jsonl`` that belong to this state.
@@ -58,6 +59,7 @@ class RunState:
     scaler: Any
     sums: LossSums
     progress: Progress
+    selecting: Selecting | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads them."""
@@ -68,6 +70,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            **({} if self.selecting is None else {"selecting": self.selecting.state_dict()}),
         }
 
     def load(self, state: Mapping[str, Any], path: Path, rank: int = 0) -> None:
@@ -82,6 +85,9 @@ class RunState:
             if self.scaler is not None and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             self.sums.sums.copy_(state["sums"][rank])
+            if self.selecting is not None:
+                self.selecting.load_state_dict(state["selecting"])
+                self.selecting.sums.sums.copy_(state["selection_sums"][rank])
             self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not hold the state of this run: {error!r}.") from error
@@ -104,7 +110,10 @@ def make_run_state(config: TrainConfig, model: nn.Module, device: torch.device, 
     from timm.scheduler import create_scheduler_v2
     from timm.utils import ModelEmaV3, NativeScaler
 
-    optimizer = _make_optimizer(config, model)
+    selecting = make_selecting(config, model, device)
+    optimizer = _make_optimizer(config, model, [] if selecting is None else selecting.agent)
+    if selecting is not None:
+        selecting.guard(optimizer)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.sched,
@@ -123,10 +132,12 @@ def make_run_state(config: TrainConfig, model: nn.Module, device: torch.device, 
         ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup)
     needs_scaler = config.amp and device.type == "cuda" and config.amp_dtype == "float16"
     scaler = NativeScaler(device=device.type) if needs_scaler else None
-    return RunState(model, ema, optimizer, scheduler, scaler, LossSums(device), Progress())
+    return RunState(model, ema, optimizer, scheduler, scaler, LossSums(device), Progress(), selecting)
 
 
-def _make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+def _make_optimizer(
+    config: TrainConfig, model: nn.Module, agent: list[nn.Parameter]
+) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 
     try:
@@ -146,10 +157,33 @@ def _make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
             lr=config.lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
+            param_group_fn=_groups_with(agent, config) if agent else None,
             **options,
         )
     except ValueError as error:
         raise ConfigError(f"The optimizer {config.opt!r} refuses these settings: {error}.") from None
+
+
+def _groups_with(agent: list[nn.Parameter], config: TrainConfig) -> Callable[[nn.Module], list[Any]]:
+    """timm's groups, and one for an agent, which has a learning rate of its own and no weight decay.
+
+    The schedule moves each group from its own rate.
+    """
+    from timm.optim import param_groups_weight_decay
+
+    mine = {id(parameter) for parameter in agent}
+
+    def groups(model: nn.Module) -> list[Any]:
+        spared: Any = getattr(model, "no_weight_decay", set)()  # a method of some timm models
+        made: list[dict[str, Any]] = param_groups_weight_decay(
+            model, config.weight_decay, no_weight_decay_list=spared
+        )
+        kept = [{**g, "params": [p for p in g["params"] if id(p) not in mine]} for g in made]
+        rate = config.lr if config.policy_lr is None else config.policy_lr
+        own = {"params": [p for p in agent if p.requires_grad], "weight_decay": 0.0, "lr": rate}
+        return [*(g for g in kept if g["params"]), own]
+
+    return groups
 
 
 def take_step(

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from .checkpoint import BEST, LAST, restore_rng, rng_state, save_checkpoint
 from .config import TrainConfig
-from .data import Batches, DataSplits, load_data
+from .construct import AnyBatches, AnyData, find_data, plain_batches
+from .data.text import TextSplits
 from .distributed import World, world
 from .errors import CheckpointError, ConfigError, TrainingError
 from .evaluate import autocast, measure
@@ -47,7 +48,7 @@ class TrainResult:
         model: with its final weights, in eval mode, on the device of the run.
         ema: the moving average of the model, or ``None``.
         metrics: the last epoch's record, as in ``metrics.jsonl``; empty if nothing was left to train.
-        best_metric: best validation accuracy.
+        best_metric: best validation accuracy; of language models the best 1 / perplexity.
         best_epoch: the epoch that reached it, from 0.
         updates: optimizer updates in all.
         seconds: time spent training, over all interruptions.
@@ -72,7 +73,7 @@ class TrainResult:
 def train(
     config: TrainConfig,
     *,
-    data: DataSplits | None = None,
+    data: AnyData | None = None,
     model: nn.Module | None = None,
     callback: Callable[[Record], None] | None = None,
     console: Any = None,
@@ -100,7 +101,7 @@ def train(
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     start, config = starting_point(config)
-    data = data or load_data(config.dataset, config.data_dir, config.dataset_download, config.img_size)
+    data = data or find_data(config)
     with ExitStack() as stack:
         here = stack.enter_context(world(config.device))
         stack.enter_context(kernels(config.deterministic, here.device))
@@ -114,26 +115,21 @@ class _Run:
     """One run on one process: the loop over epochs and updates."""
 
     def __init__(
-        self, config: TrainConfig, here: World, data: DataSplits, model: nn.Module, interruption: Interruption
+        self, config: TrainConfig, here: World, data: AnyData, model: nn.Module, interruption: Interruption
     ):
         self.config, self.here, self.interruption = config, here, interruption
-        self.batches = train_batches(config, data, here)
+        self.batches: AnyBatches = train_batches(config, data, here)
+        self.language = isinstance(data, TextSplits) and data.spec.task == "language"
         rows = len(data.train)
         if rows < config.batch_size * here.size and (here.size > 1 or config.mixup or config.cutmix):
             raise ConfigError(
-                f"One update needs {config.batch_size} x {here.size} images, but {data.spec.name!r} "
+                f"One update needs {config.batch_size} x {here.size} rows, but {data.spec.name!r} "
                 f"has {rows} to train on. Take a smaller batch_size."
             )
-        self.val = Batches(
-            data.val,
-            data.spec,
-            config.batch_size,
-            workers=config.workers,
-            rank=here.rank,
-            world_size=here.size,
-        )
+        self.val = plain_batches(data, "val", config.batch_size, config.workers, here)
         self.mixup = make_mixup(config, data.spec.num_classes)
         self.state: RunState = make_run_state(config, model, here.device, len(self.batches))
+        self.selecting = self.state.selecting
         self.output = Path(config.output) if config.output is not None else None
         self.log: RunLog | None = None
         self.metrics: Record = {}
@@ -148,7 +144,8 @@ class _Run:
         """Take over a checkpoint, wrap for several processes, open the log and the progress bar."""
         if start is not None:
             self._resume(*start)
-        objective: nn.Module = Objective(self.state.model, self.config.smoothing)
+        self.core = Objective(self.state.model, self.config.smoothing, self.config.closed_weight)
+        objective: nn.Module = self.core
         if self.here.size > 1:
             ids = [self.here.device.index] if self.here.device.type == "cuda" else None
             # A wormhole gets gradients also where it opens for no row: nothing has to be looked for.
@@ -179,6 +176,8 @@ class _Run:
         self.bar.advance(progress.updates)
         while progress.epoch < self.config.epochs:
             self._epoch()
+        if self.selecting is not None:
+            self.selecting.end()
         return TrainResult(
             state.model.eval(),
             None if state.ema is None else state.ema.module,
@@ -193,6 +192,9 @@ class _Run:
     def _epoch(self) -> None:
         progress, every = self.state.progress, self.config.checkpoint_interval
         self.state.model.train()
+        if self.selecting is not None:
+            self.selecting.begin(progress.epoch, self.state.model)
+            self.core.reward = self.selecting.reward if self.selecting.teaches(progress.epoch) else None
         self._clock = time.perf_counter()
         for images, labels in self.batches.epoch(progress.epoch, progress.step_in_epoch):
             loss = self._update(images.to(self.here.device), labels.to(self.here.device))
@@ -215,16 +217,29 @@ class _Run:
         with autocast(self.here.device, config.amp, config.amp_dtype):
             loss, extra, logits = self.objective(images, targets)
         rate = state.optimizer.param_groups[0]["lr"]
-        state.sums.update(loss, extra, logits, labels)
+        state.sums.update(loss, extra, *_rows(logits, labels))
         take_step(state, loss, config.clip_grad, config.clip_mode, self.parameters)
         progress = state.progress
+        chosen = self.selecting and self.selecting.update(logits, labels, progress.epoch)
         progress.updates += 1
         progress.step_in_epoch += 1
         if state.ema is not None:
             state.ema.update(state.model, step=progress.updates)
         if state.scheduler is not None:
             state.scheduler.step_update(progress.updates)
-        return lambda: {"lr": rate, "loss": loss.item()}
+        return lambda: {"lr": rate, "loss": loss.item(), **self._choices(chosen)}
+
+    def _choices(self, sums: Tensor | None) -> Record:
+        """What was chosen, from sums of one batch or of many; also said beside the progress bar."""
+        if self.selecting is None or sums is None:
+            return {}
+        figures = self.selecting.sums.figures(sums)
+        phase = self.selecting.phase(self.state.progress.epoch)
+        self.bar.describe(
+            f"epoch {self.state.progress.epoch + 1} ({phase}), reward {figures['reward']:.3f}, "
+            f"nop {100 * figures['share_nop']:.0f} %, cost {figures['cost']:.2f}"
+        )
+        return dict(figures)
 
     def _end_of_epoch(self) -> None:
         """Validate, record, and save."""
@@ -233,19 +248,26 @@ class _Run:
         record: Record = {"kind": "epoch", "epoch": progress.epoch, "step": progress.updates}
         record["lr"] = state.optimizer.param_groups[0]["lr"]
         record |= state.sums.means(self.here.add_up(state.sums.sums))
+        if self.selecting is not None:
+            record["phase"] = self.selecting.phase(progress.epoch)
+            chosen = self._choices(self.here.add_up(self.selecting.sums.sums))
+            record |= {f"train_{name}": value for name, value in chosen.items()}
         record |= self._validate(state.model, "val")
-        metric = record["val_accuracy"]
         if state.ema is not None:
             record |= self._validate(state.ema.module, "val_ema")
-            metric = record["val_ema_accuracy"]
+        name = "val" if state.ema is None else "val_ema"
+        metric = 1 / record[f"{name}_perplexity"] if self.language else record[f"{name}_accuracy"]
         self.metrics = record
         self._log(record, seconds=progress.seconds + time.perf_counter() - self._clock)
-        improved = metric > progress.best_metric
+        counts = self.selecting is None or self.selecting.counts(progress.epoch)
+        improved = counts and metric > progress.best_metric
         if improved:
             progress.best_metric, progress.best_epoch = metric, progress.epoch
         progress.epoch += 1
         progress.step_in_epoch = 0
         state.sums.sums.zero_()
+        if self.selecting is not None:
+            self.selecting.sums.sums.zero_()
         if state.scheduler is not None:
             state.scheduler.step(progress.epoch)
         # The best first: killed in between, the run repeats the epoch and writes the same best again.
@@ -261,15 +283,28 @@ class _Run:
             distribute_bn(model, self.here.size)  # the first process's statistics, which are the saved ones
         self.bar.describe(f"epoch {self.state.progress.epoch + 1}, validating")
         measured = measure(
-            model, self.val, self.here.device, amp=self.config.amp, amp_dtype=self.config.amp_dtype
+            model,
+            self.val,
+            self.here.device,
+            amp=self.config.amp,
+            amp_dtype=self.config.amp_dtype,
+            reward=self.selecting and self.selecting.reward,
         )
         measured.reduce(self.here.add_up)
         figures = measured.result()
-        record = {"accuracy": figures.accuracy, "nll": figures.nll, "ece": figures.ece}
+        record: Record = {"accuracy": figures.accuracy, "nll": figures.nll, "ece": figures.ece}
         if figures.open_share is not None:
             record |= {"open_share": figures.open_share, "mean_steps": figures.mean_steps}
+        if self.language:
+            record["perplexity"] = figures.perplexity
+        if measured.choices is not None and self.selecting is not None:
+            record |= measured.choices.figures()
+            if prefix == "val":
+                warning = self.selecting.check(measured.choices, self.state.progress.epoch)
+                record |= {} if warning is None else {"warning": warning}
         best = max(self.state.progress.best_metric, 0.0)
-        self.bar.describe(f"epoch {self.state.progress.epoch + 1}, best {100 * best:.1f} %")
+        shown = f"perplexity {1 / best:.1f}" if self.language and best else f"{100 * best:.1f} %"
+        self.bar.describe(f"epoch {self.state.progress.epoch + 1}, best {shown}")
         return {f"{prefix}_{name}": value for name, value in record.items()}
 
     def _log(self, record: Record, **timings: float) -> None:
@@ -301,8 +336,16 @@ class _Run:
         self._check_finite()
         rng = self.here.gather(rng_state(self.here.device))
         sums = self.here.gather(self.state.sums.sums.cpu())
+        chosen = self.selecting and self.here.gather(self.selecting.sums.sums.cpu())
         if self.here.is_primary and self.log is not None:
             self.log.sync()
             state = {**self.state.state_dict(), "sums": sums, "rng": rng, "config": self.config.as_dict()}
+            if chosen is not None:
+                state["selection_sums"] = chosen
             save_checkpoint(state, self.output / name)
         self.here.barrier()
+
+
+def _rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (n, K) and labels (n,); each step of a language model is a row."""
+    return (logits, labels) if labels.dim() == 1 else (logits.transpose(1, 2).flatten(0, 1), labels.flatten())

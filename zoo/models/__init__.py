@@ -2,6 +2,9 @@
 
 from .cnn3 import ConvNet3, cnn3
 from .deq import DEQNet, deq_small, deq_tiny
+from .dynalay import DynaLayCNN3, dynalay_cnn3
+from .dynalay_lstm import DynaLayRNN
+from .dynalay_timm import DynaLayNet, register_dynalay_models
 from .propagation import (
     PropagationNet,
     antisymmetric_20,
@@ -36,6 +39,9 @@ NAMES = (
 )
 """What ``timm.create_model`` knows the image classifiers by."""
 
+DYNALAY = ("dynalay_cnn3",)
+"""Image classifiers whose layers a policy picks from; ``dynalay_<name>`` of timm's come on top."""
+
 REASONING = (
     "deq_maze",
     "deq_prefix",
@@ -62,12 +68,20 @@ SEQUENCES = (
 )
 """The recurrent image classifiers, which take their wormholes when they are built."""
 
+TEXT = ("dynalay_gru3", "dynalay_lstm3", "gru3", "lstm3")
+"""The models of text: language models and classifiers of tokens."""
+
 __all__ = [
+    "DYNALAY",
     "NAMES",
     "REASONING",
     "SEQUENCES",
+    "TEXT",
     "ConvNet3",
     "DEQNet",
+    "DynaLayCNN3",
+    "DynaLayNet",
+    "DynaLayRNN",
     "FeedForwardMaze",
     "FeedForwardPathfinder",
     "FeedForwardPrefix",
@@ -85,10 +99,12 @@ __all__ = [
     "cnn3",
     "deq_small",
     "deq_tiny",
+    "dynalay_cnn3",
     "euler_20",
     "euler_50",
     "hamiltonian_20",
     "hamiltonian_50",
+    "register_dynalay_models",
     "resnet6_tiny",
     "resnet8_cifar",
     "resnet8_tiny",
