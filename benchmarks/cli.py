@@ -17,8 +17,12 @@ from twnn_plugin.errors import nearest
 from . import (  # noqa: F401  (they register themselves)
     backward,
     coverage,
+    dynalay,
     gpu,
+    memory,
+    models,
     overhead,
+    profile,
     propagation,
     reasoning,
     scaling,
@@ -80,6 +84,7 @@ def _seeds(context: click.Context, option: click.Parameter, value: str) -> tuple
 @click.option(
     "--budget", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="Times more timing."
 )
+@click.option("--full", is_flag=True, help="models: all images at their own size, the whole training.")
 @click.option("--only", multiple=True, help="Cells whose key contains this; may be repeated.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
 @click.option(
@@ -97,6 +102,7 @@ def main(
     seeds: tuple[int, ...],
     threads: int,
     budget: float,
+    full: bool,
     only: tuple[str, ...],
     out: Path | None,
     resume: Path | None,
@@ -121,7 +127,7 @@ def main(
         raise BenchError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
     if name == "gpu" and context.get_parameter_source("device") == ParameterSource.DEFAULT:
         device = "cuda"
-    settings = Settings(device, quick, seeds, threads, only, budget)
+    settings = Settings(device, quick, seeds, threads, only, budget, full)
     command = shlex.join(["python", "-m", "benchmarks", *_without_folders(sys.argv[1:])])
     run(find(name), settings, out=out, resume=resume, command=command, console=console)
 

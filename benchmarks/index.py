@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from . import seeds
 from .harness.run import RESULTS, load
 
 __all__ = ["PAGE", "render_index", "write_index"]
@@ -60,6 +61,9 @@ def render_index(results: Path = RESULTS) -> str:
         parts += [_section(folder, result) for folder, result in mine] or [f"{missing}\n"]
         if mine and device == "cpu":
             parts.append(_WHY)
+    # On a CPU if on both: that is where all of them can run.
+    ordered = sorted(found, key=lambda pair: pair[1]["provenance"]["settings"]["device"] == "cpu")
+    parts.append(seeds.section({result["benchmark"]: (folder.name, result) for folder, result in ordered}))
     return "\n".join(parts).rstrip("\n") + "\n"
 
 

@@ -93,7 +93,8 @@ class Reasoning(Benchmark):
     def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
         o = cell.options
         if o["kind"] == "shipped":
-            return measure.shipped(o["model"], o["size"], o["count"], o["seed"])
+            amp = o.get("precision", "float32") != "float32"
+            return measure.shipped(o["model"], o["size"], o["count"], o["seed"], settings.device, amp)
         if o["kind"] == "dynamics":
             return measure.dynamics(o["model"], o["size"], o["count"], o["most"], o["seed"])
         sizes = RETRAINED[o["model"].partition("_")[2]]

@@ -1,7 +1,7 @@
 """What every benchmark shares: timing, memory, counting, provenance, cells that fail alone, results."""
 
 from .bench import REGISTRY, BenchError, Benchmark, Cell, Claim, Settings, Table, find, register
-from .counting import Counts, counted
+from .counting import Counts, Executed, counted
 from .memory import peak_bytes
 from .provenance import provenance
 from .run import run
@@ -14,6 +14,7 @@ __all__ = [
     "Cell",
     "Claim",
     "Counts",
+    "Executed",
     "Settings",
     "Spread",
     "Stopwatch",

@@ -30,6 +30,7 @@ class Settings:
         threads: torch's intra-op threads on the CPU.
         only: run the cells whose key contains one of these; empty: all.
         budget: multiplies the time that each cell spends on timing.
+        full: the large scale of a benchmark that has two.
     """
 
     device: str = "cpu"
@@ -38,6 +39,7 @@ class Settings:
     threads: int = 1
     only: tuple[str, ...] = ()
     budget: float = 1.0
+    full: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -85,10 +87,17 @@ class Claim:
 
 
 class Benchmark(ABC):
-    """A question with its cells. Derive, set the two attributes, and ``register`` an instance."""
+    """A question with its cells. Derive, set the first two attributes, and ``register`` an instance.
+
+    Attributes:
+        name: on the command line.
+        question: in one line.
+        scales: whether there is a large scale (``Settings.full``).
+    """
 
     name: str
     question: str
+    scales: bool = False
 
     @abstractmethod
     def cells(self, settings: Settings) -> list[Cell]:

@@ -1,15 +1,51 @@
-"""Counting what a solve does to its map: rows evaluated, and rows of vector-Jacobian products."""
+"""Counting what is done: rows and products of a solve, multiply-adds and operations of anything."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Counts", "counted"]
+__all__ = ["Counts", "Executed", "counted"]
+
+_VIEWS = {"view", "detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "select"}
+_VIEWS |= {"unbind", "split", "slice", "as_strided", "_unsafe_view", "_reshape_alias"}
+
+
+class Executed(TorchDispatchMode):
+    """Counts, while it is entered, the operations that reach kernels, and multiply-adds among them.
+
+    Multiply-adds are those of convolutions, matrix products and attention, forward and backward, by torch's
+    own formulas; nothing is estimated, so that work which a solver or a gate saves is not counted. Unlike
+    ``FlopCounterMode`` it installs no hooks, which fail where a backward pass calls ``autograd.grad``.
+
+    Attributes:
+        multiply_adds: so far.
+        operations: how often each operation ran; views, which do no work, are left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiply_adds = 0
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(packet)
+        if formula is not None:
+            self.multiply_adds += formula(*args, **kwargs, out_val=out) // 2
+        name = packet.__name__
+        if name not in _VIEWS:
+            self.operations[name] += 1
+        return out
 
 
 @dataclass

@@ -28,7 +28,7 @@ from .provenance import provenance
 __all__ = ["load", "run", "to_markdown"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-_MUST_MATCH = ("device", "quick", "threads", "budget")
+_MUST_MATCH = ("device", "quick", "threads", "budget", "full")
 
 
 def run(
@@ -59,6 +59,9 @@ def run(
     """
     console = console or Console(stderr=True)
     _check_device(settings)
+    if settings.full and (settings.quick or not benchmark.scales):
+        why = "--quick" if settings.quick else f"the benchmark {benchmark.name!r}, which has one scale"
+        raise BenchError(f"--full does not go with {why}: leave it away.")
     benchmark.check(settings)
     cells = _chosen(benchmark.cells(settings), settings)
     folder = resume or out or _dated(benchmark, settings)
@@ -170,7 +173,7 @@ def _finished(folder: Path, benchmark: Benchmark, settings: Settings) -> dict[st
     if head["benchmark"] != benchmark.name:
         raise BenchError(f"{folder} holds a run of {head['benchmark']!r}, not of {benchmark.name!r}.")
     for name in _MUST_MATCH:
-        mine, theirs = settings.as_json()[name], head["settings"][name]
+        mine, theirs = settings.as_json()[name], head["settings"].get(name, False)
         if mine != theirs:
             raise BenchError(f"{folder} was run with --{name} {theirs!r}, not {mine!r}: start afresh.")
     return {record["key"]: record for record in records if record["status"] == "ok"}
@@ -221,7 +224,7 @@ def _write(
 
 def _lines(result: dict[str, Any]) -> str:
     """JSON with a line for each cell and claim: small, and still readable in a diff."""
-    short = {"separators": (",", ":")}
+    short: dict[str, Any] = {"separators": (",", ":")}
     parts = []
     for name, value in result.items():
         text = json.dumps(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +20,19 @@ _POOL = 12_000
 _SCATTER = 250
 
 
-def shipped(model: str, size: int, count: int, seed: int) -> dict[str, Any]:
-    """The weights that ship, on held-out examples of one size."""
+def shipped(
+    model: str, size: int, count: int, seed: int, device: str = "cpu", amp: bool = False
+) -> dict[str, Any]:
+    """The weights that ship, on held-out examples of one size; ``amp``: under bfloat16 autocast."""
     net, _ = load_model(model)
-    task = _task(model)
+    examples = _task(model).draw(size, count, seed, "test")
+    there = replace(examples, inputs=examples.inputs.to(device), targets=examples.targets.to(device))
     begin = time.process_time()
-    found = score(net, (examples := task.draw(size, count, seed, "test")), _batch(examples))
+    with torch.autocast(device, torch.bfloat16, enabled=amp):
+        found = score(net.to(device), there, _batch(examples))
+    found = replace(
+        found, **{name: v.cpu() for name, v in vars(found).items() if isinstance(v, torch.Tensor)}
+    )
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
         "cpu_seconds": round(time.process_time() - begin, 2),

@@ -184,7 +184,8 @@ def claims(cells: list[Record]) -> list[Claim]:
             met = "yes" if d["right"] >= float(_AIMS[key].rstrip(" %")) / 100 else "no"
         lines.append(
             Claim(
-                f"{o['task'].replace('_', ' ')} of size {o['size']}, entirely right ({d['samples']:,})",
+                f"{o['task'].replace('_', ' ')} of size {o['size']}, entirely right ({d['samples']:,})"
+                + ("" if o.get("precision", "float32") == "float32" else f", {o['precision']}"),
                 PUBLISHED.get(key, "none"),
                 f"{_share(d['right'])}, {d['parameters'] / 1000:.0f} k parameters",
                 f"{_share(d['converged'])} converged, {d['mean_steps']:.0f} steps",

@@ -163,13 +163,14 @@ def contest(
         run.until(recipe.tries if len(rates) > 1 else 1.0)
         runs.append(run)
     best = min(runs, key=lambda run: run.curve[-1][1] if run.finite and run.curve else math.inf)
+    tried = {f"{run.rate:g}": run.curve[-1][1] if run.curve else None for run in runs}
     best.until(1.0)
     loss, score = evaluate(best.model, *task.test, task)
     records = tw.report(best.model) if best.model.stack.spans else []
     test_failed = sum(int((record.status != 0).sum()) for record in records)
     return {
         "rate": best.rate,
-        "tried": {f"{run.rate:g}": run.curve[-1][1] if run.curve else None for run in runs},
+        "tried": tried,
         "test_loss": loss,
         "test_score": score,
         "val_loss": best.curve[-1][1] if best.curve else None,
