@@ -362,3 +362,47 @@ def test_a_saved_model_comes_back_from_its_folder_wormholes_and_all(tmp_path):
     source = dict(file=str(tmp_path / "plain" / "pytorch_model.bin"), num_classes=7)
     derived = timm.create_model("twnn_test_resnet", pretrained=True, pretrained_cfg_overlay=source)
     assert all(torch.equal(value, derived.state_dict()[key]) for key, value in plain.state_dict().items())
+
+
+class _Stage(nn.Module):
+    """Two streams; it makes its first output of the one, or of the other."""
+
+    def __init__(self, uses: str):
+        super().__init__()
+        self.uses, self.mix = uses, nn.Linear(6, 6)
+
+    def forward(self, a, b):
+        return self.mix(a if self.uses == "first" else b), b
+
+
+class _Streams(nn.Module):
+    def __init__(self, *uses: str):
+        super().__init__()
+        self.a, self.b, self.c = (_Stage(use) for use in uses)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.c(*self.b(*self.a(x, x + 1)))[0])
+
+
+@pytest.mark.parametrize(
+    ("uses", "said"),
+    [
+        (("first", "second", "first"), "not used on the way"),
+        (("first", "first", "second"), "does not depend"),
+    ],
+)
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_wormhole_that_could_change_nothing_is_refused(uses, said, fallback):
+    model = _Streams(*uses)
+    with pytest.raises(tw.AttachError, match=said):
+        tw.attach(model, "b->b", stages=["a", "b", "c"], example=torch.randn(2, 6), fallback=fallback)
+    assert not hasattr(model, "wormholes")
+
+
+def test_a_stream_that_a_stage_only_passes_on_is_no_way_back():
+    # coat's parallel blocks hand on their first of four maps, and use the others.
+    torch.manual_seed(0)
+    model = timm.create_model("coat_tiny", num_classes=2, img_size=64)
+    with pytest.raises(tw.AttachError, match=r"not used on the way.*The nearest span that works"):
+        tw.attach(model, "parallel_blocks->parallel_blocks", example=images(64, batch=2))

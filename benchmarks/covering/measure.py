@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import twnn_plugin as tw
+from twnn_plugin import AttachError
 from twnn_plugin.backbones.base import Stage
 from twnn_plugin.backbones.plan import Refusal, plan
 from twnn_plugin.backbones.rerun import rerun
@@ -119,10 +120,11 @@ def prove(name: str, seed: int) -> dict[str, Any]:
     """Attach the cross-stage wormhole to an architecture for real, and compare it with the plain network.
 
     Returns:
-        ``mode``: ``"replay"`` or ``"rerun"``; ``identical``: whether the closed network's output is the plain
-        one's to the bit; ``keys``: whether its state dict has the plain one's keys; ``moved``: by how much,
-        relative to its norm, a message of scale 0.01 moves the output with the gate open; ``finite``:
-        whether that output is; ``settled``: whether every sample did, since others keep the open-loop value.
+        ``span``: which one; ``mode``: ``"replay"`` or ``"rerun"``; ``identical``: whether the closed one's
+        output is the plain network's to the bit; ``keys``: whether its state dict has the plain one's keys;
+        ``moved``: by how much, relative to its norm, a message of scale 0.01 moves the output with the gate
+        open; ``finite``: whether that output is; ``settled``: whether every sample did, since others keep
+        the open-loop value.
     """
     torch.manual_seed(seed)
     model = timm.create_model(name).eval()
@@ -135,7 +137,10 @@ def prove(name: str, seed: int) -> dict[str, Any]:
     images = torch.randn(2, *images.shape[1:])
     _enliven(model, images)
     before = [key for key in model.state_dict()]
-    tw.attach(model, wormholes=f"{stages[-1]}->{stages[1]}", scale=_SCALE)
+    try:
+        tw.attach(model, wormholes=f"{stages[-1]}->{stages[1]}", scale=_SCALE)
+    except AttachError:  # where both are one module, the other stage is the first
+        tw.attach(model, wormholes=f"{stages[-1]}->{stages[0]}", scale=_SCALE)
     (span,) = tw.spans(model)
     with torch.no_grad():
         with asleep(model):
@@ -146,6 +151,7 @@ def prove(name: str, seed: int) -> dict[str, Any]:
         settled = bool((tw.report(model)[0].status == tw.Status.converged).all())
     kept = [key for key in model.state_dict() if not key.startswith("wormholes.")] == before
     return {
+        "span": span.span,
         "mode": span.mode,
         "identical": torch.equal(plain, closed),
         "keys": kept,

@@ -43,7 +43,7 @@ def plots(cells: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 def _cost(task: Task, runs: Runs, path: Path) -> Path:
     """Accuracy against multiply-adds: controls as points, the wormhole as a curve over its open share."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    figure, axis = plt.subplots(figsize=(6.4, 5.2))
     base = mean(pick(runs, "wormhole" if "wormhole" in runs else next(iter(runs)), "cost"))
     for arm in task.arms:
         if arm.name in runs and arm.opening is None:
@@ -62,7 +62,7 @@ def _cost(task: Task, runs: Runs, path: Path) -> Path:
     axis.set_ylabel("test accuracy, %")
     axis.set_title(f"{task.title} ({len(next(iter(runs.values())))} seeds; bars: range)", fontsize=10)
     axis.grid(alpha=0.25, lw=0.5)
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     axis.spines[["top", "right"]].set_visible(False)
     return save(figure, path)
 

@@ -16,7 +16,7 @@ from .plan import Refusal
 from .survey import Survey, run
 from .wiring import Arguments, Wiring, snapshot
 
-__all__ = ["Perturbation", "check_rows", "check_wiring", "perturbed", "same"]
+__all__ = ["Perturbation", "check_reach", "check_rows", "check_wiring", "perturbed", "same"]
 
 
 class _Enough(Exception):
@@ -84,7 +84,7 @@ def check_wiring(model: nn.Module, seen: Survey, wiring: Wiring) -> None:
 
 
 def _changed(model: nn.Module, seen: Survey, wiring: Wiring) -> Perturbation:
-    """The model's own pass with something added at each target of the wiring."""
+    """The model's own pass with something added at each target of the wiring, which must arrive."""
     targets = [next(i for i, n in enumerate(wiring.nodes) if w in n.messages) for w in range(wiring.states)]
     sources = [
         next((i, leaf) for i, n in enumerate(wiring.nodes) for v, leaf in n.states if v == w)
@@ -92,7 +92,14 @@ def _changed(model: nn.Module, seen: Survey, wiring: Wiring) -> Perturbation:
     ]
     inputs = [(target, wiring.nodes[target].entry) for target in targets]
     modules = [node.module[0] for node in wiring.nodes]
-    return perturbed(lambda: run(model, seen.examples[0]), modules, inputs, sources, whole=False)
+
+    def go() -> Any:
+        return run(model, seen.examples[0])
+
+    inside = [call for call in seen.flow.calls if any(call.module is module for module in modules)]
+    if any(sum(shape is not None for shape in call.outputs) > 1 for call in inside):
+        check_reach(go, modules, inputs, sources)  # of one tensor there is nothing to mistake
+    return perturbed(go, modules, inputs, sources, whole=False)
 
 
 def perturbed(
@@ -151,6 +158,64 @@ def perturbed(
         with suppress(_Enough):
             result = go()
     return Perturbation(entries[0], tuple(signals), tuple(states), result)
+
+
+def check_reach(
+    go: Callable[[], Any],
+    modules: Sequence[nn.Module],
+    targets: Sequence[tuple[int, int]],
+    sources: Sequence[tuple[int, int]],
+) -> None:
+    """Refuse a wormhole that could change nothing: a tensor may go through a call without being used there.
+
+    NaN follows every path, through weights that are zero, too.
+
+    Args:
+        go: makes the model's pass.
+        modules: the modules of the group, in the order of their calls.
+        targets: for each wormhole, (which module, which leaf of its arguments) the message enters.
+        sources: for each, (which module, which leaf of its output) the state is.
+
+    Raises:
+        Refusal: what is added at a target does not reach the source, or a source not the model's result.
+    """
+    for (target, place), (source, leaf) in zip(targets, sources, strict=True):
+        arrived: list[Tensor] = []
+
+        def enter(module: nn.Module, args: Any, kwargs: Any, place: int = place) -> Any:
+            return with_leaf((args, kwargs), place, _nan(leaf_at((args, kwargs), place)))
+
+        def leave(
+            module: nn.Module, args: Any, out: Any, leaf: int = leaf, to: list[Tensor] = arrived
+        ) -> None:
+            to.append(leaf_at(out, leaf))
+            raise _Enough
+
+        def spoil(module: nn.Module, args: Any, out: Any, leaf: int = leaf) -> Any:
+            return with_leaf(out, leaf, _nan(leaf_at(out, leaf)))
+
+        with ExitStack() as stack, suppress(_Enough):
+            stack.callback(modules[target].register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(modules[source].register_forward_hook(leave).remove)
+            go()
+        if not any(_has_nan(value) for value in arrived):
+            raise Refusal(
+                "what is added to the first tensor that its target is given does not reach the first that "
+                "its source returns: it is not used on the way."
+            )
+        with ExitStack() as stack:
+            stack.callback(modules[source].register_forward_hook(spoil).remove)
+            result = go()
+        if not any(_has_nan(value) for value in leaves(result)):
+            raise Refusal("the model's result does not depend on the first tensor that its source returns.")
+
+
+def _nan(value: Tensor) -> Tensor:
+    return torch.full_like(value, float("nan"))
+
+
+def _has_nan(value: Any) -> bool:
+    return _floating(value) and bool(value.isnan().any())
 
 
 def check_rows(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..blocks import Feedback
 from ..blocks.open_loop import OpenLoop
 from ..errors import AttachError
-from .checks import check_rows, perturbed, same
+from .checks import check_reach, check_rows, perturbed, same
 from .plan import Refusal
 from .rerun import Own, Rerun
 from .span import AttachedGroup
@@ -26,7 +26,8 @@ def check_rerun(model: nn.Module, seen: Survey, program: Rerun) -> None:
     """Refuse a span that is not what the model computes when its forward is run again.
 
     Raises:
-        Refusal: it reacts to a change at its targets otherwise than the model does, or mixes samples.
+        Refusal: it reacts to a change at its targets otherwise than the model does, mixes samples, or could
+            change nothing.
     """
     found = program.plan
     for call in {*(end.target for end in found.ends), *(out[0] for out in found.outs), found.last}:
@@ -42,6 +43,7 @@ def check_rerun(model: nn.Module, seen: Survey, program: Rerun) -> None:
 
     targets = [(end.target - found.first, e) for end, e in zip(found.ends, found.entries, strict=True)]
     sources = [(source - found.first, leaf) for source, leaf in found.outs]
+    check_reach(go, program.called[found.first :], targets, sources)
     changed = perturbed(go, program.called[found.first :], targets, sources, whole=True)
     noted = program.record(own, given, lambda entry: None, lambda outs: False)
     rows = program.constants(noted.seen)
