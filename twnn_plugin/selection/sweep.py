@@ -60,7 +60,7 @@ class Sweeps:
         self.rows = [0] * len(owner.modules_in_order)
         self.evaluations, self.solved = [0] * count, [0] * count
         self.fallback = torch.zeros(batch, count, dtype=torch.bool, device=x.device)
-        self.opened = torch.zeros(batch, dtype=torch.bool, device=x.device)
+        self.opened = torch.zeros(batch, dtype=torch.bool)  # on the host, as all that says who is computed
         self.executed = 0
         self.decisions: list[Decision] = []
         self.states: list[Tensor] = [x]
@@ -69,18 +69,19 @@ class Sweeps:
     def run(self) -> Tensor:
         self._open_loop()
         self.closed = self.states[-1]
-        active = torch.arange(self.x.shape[0], device=self.x.device)
+        remaining = torch.arange(self.x.shape[0])
         for step in range(self.owner.max_choices):
-            if active.numel() == 0:
+            if remaining.numel() == 0:
                 break
+            active = remaining.to(self.x.device)
             view = self._view(active, step)
             selection = self.owner.policy.select(view)
             selection.check(view, type(self.owner.policy).__name__)
-            goes = selection.layers.any(dim=1)
             before, repeats = self.spent[active], self._repeat(active, selection.layers)
-            self._sweep(active, selection)
+            layers = selection.layers.cpu()  # the one time that a decision has the host wait
+            self._sweep(active, remaining, layers, selection)
             self.decisions.append(Decision(active, selection, before, self.spent[active] - before, repeats))
-            active = active[goes]
+            remaining = remaining[layers.any(dim=1)]
         return self.states[-1]
 
     def _open_loop(self) -> None:
@@ -127,30 +128,40 @@ class Sweeps:
         self.counts[active] += chosen
         return repeats
 
-    def _sweep(self, active: Tensor, selection: Selection) -> None:
-        """Iterate what was chosen, from the first layer to the last, and compute what follows again."""
+    def _sweep(self, active: Tensor, remaining: Tensor, layers: Tensor, selection: Selection) -> None:
+        """Iterate what was chosen, from the first layer to the last, and compute what follows again.
+
+        Args:
+            active: (n,) rows that decided.
+            remaining: the same on the host.
+            layers: (n, N) what they chose, on the host.
+            selection: what they chose.
+        """
         owner = self.owner
-        moved = torch.zeros(self.x.shape[0], dtype=torch.bool, device=self.x.device)
+        nobody = torch.zeros(self.x.shape[0], dtype=torch.bool)
+        moved, skip = nobody, None if selection.skip is None else selection.skip.cpu()
         for place in range(len(owner.modules_in_order)):
-            mine, skipped = torch.zeros_like(moved), torch.zeros_like(moved)
+            mine = skipped = nobody
             if place in owner.places:
                 which = owner.places.index(place)
-                mine[active] = selection.layers[:, which]
-                if selection.skip is not None:
-                    skipped[active] = selection.skip[:, which] & ~selection.layers[:, which]
+                mine = nobody.index_copy(0, remaining, layers[:, which])
+                if skip is not None:
+                    skipped = nobody.index_copy(0, remaining, skip[:, which] & ~layers[:, which])
                 rows = torch.nonzero(mine).flatten()
                 if rows.numel():
-                    self._evaluate_again(place, torch.nonzero(moved & mine).flatten())
+                    self._evaluate_again(place, moved & mine)
                     self._iterate(which, rows, active, selection)
-            rows = torch.nonzero(moved & skipped).flatten()
-            if rows.numel():  # what comes in goes out
-                self._put(place + 1, rows, self.states[place][rows])
-            self._evaluate_again(place, torch.nonzero(moved & ~mine & ~skipped).flatten())
-            moved |= mine
+            if moved is not nobody:
+                rows = torch.nonzero(moved & skipped).flatten().to(self.x.device)
+                if rows.numel():  # what comes in goes out
+                    self._put(place + 1, rows, self.states[place][rows])
+                self._evaluate_again(place, moved & ~mine & ~skipped)
+            if mine is not nobody and bool(mine.any()):
+                moved = moved | mine
 
-    def _iterate(self, which: int, rows: Tensor, active: Tensor, selection: Selection) -> None:
+    def _iterate(self, which: int, chose: Tensor, active: Tensor, selection: Selection) -> None:
         owner, place = self.owner, self.owner.places[which]
-        feedback = owner.feedbacks[which]
+        feedback, rows = owner.feedbacks[which], chose.to(self.x.device)
         entry, out = self.states[place][rows], self.states[place + 1][rows]
 
         def replay(entry: Tensor, index: Tensor) -> Tensor:
@@ -169,15 +180,16 @@ class Sweeps:
         self.steps[rows, which] += record.steps
         self.status[rows, which], self.residual[rows, which] = record.status, record.residual
         self.fallback[rows, which] = record.fallback
-        self.opened[rows] |= ~record.fallback
+        self.opened[chose] |= ~record.fallback.cpu()
         self.rows[place] += record.evaluations
         self.evaluations[which] += record.evaluations
         self.solved[which] += record.evaluations * self.costs.replay[which]
         self.executed += record.evaluations * self.costs.replay[which]
         self.spent[rows] += record.steps * (self.costs.replay[which] / max(self.costs.total, 1))
 
-    def _evaluate_again(self, place: int, rows: Tensor) -> None:
-        """Compute a layer, or the head, again for samples whose input has changed."""
+    def _evaluate_again(self, place: int, which: Tensor) -> None:
+        """Compute a layer, or the head, again for samples whose input has changed: (B,) bool on the host."""
+        rows = torch.nonzero(which).flatten()
         if rows.numel() == 0:
             return
         module = self.owner.modules_in_order[place]
@@ -186,8 +198,9 @@ class Sweeps:
             mine = self.opened[rows]
             opened, rows = rows[mine], rows[~mine]
             if opened.numel():
-                self._again(place, opened, other, nullcontext())
+                self._again(place, opened.to(self.x.device), other, nullcontext())
         if rows.numel():
+            rows = rows.to(self.x.device)
             self._again(place, rows, module, self._held(place, rows))
 
     def _again(self, place: int, rows: Tensor, module: nn.Module, held: AbstractContextManager[None]) -> None:
