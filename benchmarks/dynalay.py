@@ -1,9 +1,9 @@
 """``dynalay``: the experiments of Mathur & Plis (2023) on the data at hand, and what its agent is worth.
 
-Table 1 and figures 2 to 6 of the paper, their figures beside ours. Every cell is one training run with one
-seed; the baselines are the three-layer CNN trained as long, torchdeq's DEQ with implicit and phantom
-gradients, and, on DynaLay's own network, iterating always, at random, by entropy and by halting, at equal
-cost.
+Table 1 and figures 2 to 7 of the paper, their figures beside ours. Every cell is one training run with one
+seed; the baselines are the three-layer CNN trained as long, torchdeq's DEQ with implicit, phantom and
+unrolled gradients, and, on DynaLay's own network, iterating always, at random, by entropy and by halting, at
+equal cost. Figure 7 is an LSTM on text.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from zoo.errors import DataError
 from .dynalaying import pictures, report
 from .dynalaying.claims import claims
 from .dynalaying.judge import judge
-from .dynalaying.tasks import LAYERS, QUICK, TASKS, Task, deq, dynalay, parts, plain
+from .dynalaying.tasks import DEQ_WAYS, LAYERS, QUICK, TASKS, Task, deq, dynalay, parts, plain
+from .dynalaying.text import QUICK_TEXTS, TEXTS, VARIANTS, run_text
 from .dynalaying.train import backward_times, fit, forward_cost, percent, predict
 from .harness import BenchError, Benchmark, Cell, Claim, Settings, Table, register
 
 __all__ = ["DynaLay"]
 
-ARMS = ("dynalay", "longer", "deq-implicit", "deq-phantom", "cold", "model0", "model1", "model2")
+ARMS = ("dynalay", "longer", *(f"deq-{way}" for way in DEQ_WAYS), "cold", "model0", "model1", "model2")
 
 
 class DynaLay(Benchmark):
@@ -39,11 +40,13 @@ class DynaLay(Benchmark):
 
     def cells(self, settings: Settings) -> list[Cell]:
         tasks = QUICK if settings.quick else _present(TASKS)
+        texts = QUICK_TEXTS if settings.quick else TEXTS
         return [
-            Cell(f"{task.name}/{arm}/seed{seed}", {"task": task.name, "arm": arm, "seed": seed})
-            for task in tasks.values()
+            Cell(f"{name}/{arm}/seed{seed}", {"task": name, "arm": arm, "seed": seed})
+            for names, arms in ((tasks, ARMS), (texts, VARIANTS))
+            for name in names
             for seed in settings.seeds
-            for arm in ARMS
+            for arm in arms
         ]
 
     def check(self, settings: Settings) -> None:
@@ -51,8 +54,11 @@ class DynaLay(Benchmark):
             raise BenchError("dynalay trains tiny networks on a CPU; there is nothing for a GPU to do.")
 
     def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
-        task = (QUICK if settings.quick else TASKS)[cell.options["task"]]
         arm, seed = cell.options["arm"], cell.options["seed"]
+        texts = QUICK_TEXTS if settings.quick else TEXTS
+        if cell.options["task"] in texts:
+            return run_text(texts[cell.options["task"]], arm, seed)
+        task = (QUICK if settings.quick else TASKS)[cell.options["task"]]
         data = parts(task)
         torch.manual_seed(seed)
         size = f"{task.img_size}x{task.img_size}"
@@ -60,18 +66,23 @@ class DynaLay(Benchmark):
         common = {"recipe": asdict(task.recipe), "data": used}
         if arm in ("dynalay", "cold", "model1", "model2"):
             return {**common, **_dynalay(task, data, arm, seed)}
-        model = deq(task, arm == "deq-implicit") if arm.startswith("deq") else plain(task)
+        way = arm.removeprefix("deq-") if arm.startswith("deq-") else None
+        model = plain(task) if way is None else deq(task, way)
         factor = {"longer": task.recipe.longer, "model0": 1.0}.get(
             arm, task.recipe.deq_epochs / task.recipe.epochs
         )
         found = fit(model, task, data, seed, factor)
+        times = backward_times(model, data["train"])
+        if way is not None:
+            trained, model = model, deq(task, way, in_use=True)
+            model.load_state_dict(trained.state_dict())
         right = (predict(model, data["test"]).argmax(dim=1) == data["test"].labels).float()
         return {
             **common,
             **found,
             "test": percent(right),
             "forward": forward_cost(model, data["test"].images[:1]),
-            "times": backward_times(model, data["train"]),
+            "times": times,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
 

@@ -53,6 +53,25 @@ def test_tables_plots_and_claims_are_made_of_the_cells(cells: list[dict[str, Any
         assert isinstance(bench.claims(cell_without), list)  # a failed cell loses its own lines alone
 
 
+def test_an_lstm_is_iterated_in_the_layers_that_a_cell_names(tmp_path: Path) -> None:
+    bench, settings = DynaLay(), Settings(quick=True)
+    made = []
+    for cell in bench.cells(settings):
+        if cell.options["task"] == "kjv-small-books":
+            data = bench.run_cell(cell, settings)
+            made.append(
+                {"key": cell.key, "options": cell.options, "status": "ok", "reason": "", "data": data}
+            )
+    cost = {cell["options"]["arm"]: cell["data"]["cost"] for cell in made}
+    assert cost["none"] == 1.0 and min(cost[f"layer{k}"] for k in (1, 2, 3)) > 1.0
+    assert cost["layer1"] > cost["layer3"]  # what follows the layer is computed again
+    (table,) = bench.tables(made)
+    assert [row[0] for row in table.rows] == ["none", "layer1", "layer2", "layer3", "all"]
+    (claim,) = bench.claims(made)
+    assert claim.claim.startswith("figure 7") and claim.met in ("yes", "no")
+    assert [path.name for path in bench.plots(made, tmp_path)] == ["texts.png"]
+
+
 def test_random_is_the_expectation_over_draws() -> None:
     right = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
     cost = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])

@@ -11,6 +11,7 @@ from typing import Any
 from ..harness import Claim
 from .report import TITLES, Record, Runs, differences, runs_of, spread, tested, values
 from .tasks import TASKS
+from .text import TEXTS, VARIANTS
 
 __all__ = ["claims"]
 
@@ -22,7 +23,25 @@ def claims(cells: list[dict[str, Any]]) -> list[Claim]:
         runs = runs_of(cells, task.name)
         if "dynalay" in runs:
             found += _claims(task.title, runs)
-    return found
+    return found + [_text(text.title, runs) for text in TEXTS.values() if (runs := runs_of(cells, text.name))]
+
+
+def _text(title: str, runs: Runs) -> Claim:
+    """Figure 7."""
+    measure = next(iter(next(iter(runs.values())).values()))["measure"]
+    better = max if measure == "accuracy" else min
+    figures = {name: values(runs, name, tested) for name in VARIANTS if name in runs}
+    means = {name: mean(found.values()) for name, found in figures.items()}
+    best = better(means, key=lambda name: means[name])
+    gain = differences(figures.get("layer3", {}), figures.get("none", {}))
+    return Claim(
+        f"figure 7, LSTM, {title}: iterating which layer is best",
+        "the third",
+        ", ".join(f"{name} {value:.2f}" for name, value in means.items()) + f" ({measure})",
+        f"best {best}; the third against none {spread(gain)}",
+        "the third",
+        ("yes" if best == "layer3" else "no") if len(means) == len(VARIANTS) else "not measured",
+    )
 
 
 def _claims(title: str, runs: Runs) -> list[Claim]:
@@ -212,7 +231,7 @@ def _compared(title: str, runs: Runs, agent: dict[int, float]) -> list[Claim]:
 
 def _faster(title: str, runs: Runs, agent: dict[int, float]) -> list[Claim]:
     made = []
-    for arm in ("deq-implicit", "deq-phantom"):
+    for arm in ("deq-implicit", "deq-phantom", "deq-unrolled"):
         theirs = values(runs, arm, lambda d: d["times"]["backward_s"])
         ours = values(runs, "dynalay", lambda d: d["times"]["backward_s"])
         both = sorted(set(theirs) & set(ours))

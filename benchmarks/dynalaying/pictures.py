@@ -1,4 +1,4 @@
-"""The plots of ``dynalay``: figures 2 to 6 of the paper, and accuracy against cost."""
+"""The plots of ``dynalay``: figures 2 to 7 of the paper, and accuracy against cost."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from ..solving.pictures import save
 from .report import Runs, runs_of
 from .tasks import TASKS, Task
+from .text import TEXTS, VARIANTS
 
 __all__ = ["plots"]
 
@@ -37,7 +38,25 @@ def plots(cells: list[dict[str, Any]], folder: Path) -> list[Path]:
         ]
         if "model0" in runs:
             made.append(_models(task, runs, folder / f"{task.name}_models.png"))
-    return made
+    read = {text.name: runs for text in TEXTS.values() if (runs := runs_of(cells, text.name))}
+    return [*made, _texts(read, folder / "texts.png")] if read else made
+
+
+def _texts(read: dict[str, Runs], path: Path) -> Path:
+    """Figure 7: an LSTM with one of its layers iterated, or all."""
+    figure, axes = plt.subplots(1, len(read), figsize=(4.6 * len(read), 3.4), squeeze=False)
+    for axis, (name, runs) in zip(axes[0], read.items(), strict=True):
+        for place, variant in enumerate(VARIANTS):
+            found = [data["test"] for data in runs.get(variant, {}).values()]
+            axis.plot([place] * len(found), found, "o", color=BLUE, alpha=0.6)
+            if found:
+                axis.plot([place - 0.2, place + 0.2], [mean(found)] * 2, color=BLUE)
+        measure = next(data["measure"] for runs_ in runs.values() for data in runs_.values())
+        axis.set_xticks(range(len(VARIANTS)), list(VARIANTS))
+        unit = ", %" if measure == "accuracy" else ""
+        axis.set(ylabel=f"test {measure}{unit}", xlabel="iterated", title=f"Figure 7: {name}")
+    figure.tight_layout()
+    return save(figure, path)
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..harness import Table
 from .tasks import TASKS
+from .text import TEXTS, VARIANTS, TextTask
 
 __all__ = ["TITLES", "Record", "Runs", "differences", "runs_of", "spread", "tables", "tested", "values"]
 
@@ -25,6 +26,7 @@ TITLES = {
     "model0": "three-layer CNN, as many epochs",
     "deq-implicit": "torchdeq DEQ, implicit",
     "deq-phantom": "torchdeq DEQ, through the last steps",
+    "deq-unrolled": "torchdeq DEQ, unrolled",
 }
 
 
@@ -64,7 +66,7 @@ def tested(data: Record) -> float:
 
 
 def tables(cells: list[dict[str, Any]]) -> list[Table]:
-    """Table 1, the policies, models 0 to 3, the prices."""
+    """Table 1, the policies, models 0 to 3, the prices, the LSTMs."""
     made = []
     for task in TASKS.values():
         runs = runs_of(cells, task.name)
@@ -73,7 +75,35 @@ def tables(cells: list[dict[str, Any]]) -> list[Table]:
         if "dynalay" in runs:
             made += [_policies(task.title, runs["dynalay"]), _prices(task.title, runs["dynalay"])]
             made.append(_models(task.title, runs))
-    return made
+    return [*made, *(_texts(runs, text) for text in TEXTS.values() if (runs := runs_of(cells, text.name)))]
+
+
+def _texts(runs: Runs, text: TextTask) -> Table:
+    rows, measure = [], ""
+    for variant in VARIANTS:
+        found = list(runs.get(variant, {}).values())
+        if not found:
+            continue
+        measure = found[0]["measure"]
+        rows.append(
+            (
+                variant,
+                spread([d["test"] for d in found]),
+                spread([d["cost"] for d in found]),
+                spread([100 * d["settled"] for d in found], 1),
+                spread([1e3 * d["times"]["backward_s"] for d in found], 1),
+                f"{found[0]['parameters']:,}",
+            )
+        )
+    return Table(
+        f"Figure 7: {text.title}",
+        ("iterated", f"test {measure}", "multiply-adds", "settled, %", "backward, ms", "parameters"),
+        rows,
+        (
+            "A three-layer LSTM; every sequence is iterated in these layers. Paper: best in the third "
+            "(WikiText-2 and IMDB).",
+        ),
+    )
 
 
 def _table1(title: str, runs: Runs) -> Table:

@@ -17,7 +17,19 @@ from torch import Tensor, nn
 import zoo.models  # noqa: F401  (registers the models with timm)
 from zoo.data import ArraySplit, hold_out, load_data
 
-__all__ = ["LAYERS", "QUICK", "TASKS", "Part", "Recipe", "Task", "build", "deq", "dynalay", "parts", "plain"]
+__all__ = [
+    "DEQ_WAYS",
+    "LAYERS",
+    "QUICK",
+    "TASKS",
+    "Part",
+    "Recipe",
+    "Task",
+    "deq",
+    "dynalay",
+    "parts",
+    "plain",
+]
 
 LAYERS = ("layer1", "layer2", "layer3")
 
@@ -149,19 +161,19 @@ def parts(task: Task) -> dict[str, Part]:
     return {**made, "teach": val.rows(order[:half]), "choose": val.rows(order[half:])}
 
 
-def build(task: Task, name: str, **options: Any) -> nn.Module:
+def _build(task: Task, name: str, **options: Any) -> nn.Module:
     """A network of the zoo for the task's images, freshly initialised from torch's global generator."""
     return timm.create_model(name, in_chans=task.channels, num_classes=10, **options)
 
 
 def plain(task: Task) -> nn.Module:
     """Three layers and a classifier; "Model 0" of the paper, without the last pooling."""
-    return build(task, "dynalay_cnn3", widths=task.widths, last_pool=False, fpi_layers=())
+    return _build(task, "dynalay_cnn3", widths=task.widths, last_pool=False, fpi_layers=())
 
 
 def dynalay(task: Task, layers: tuple[str, ...] = LAYERS) -> nn.Module:
     """The same with fixed-point iteration on some layers: models 1 to 3."""
-    return build(
+    return _build(
         task,
         "dynalay_cnn3",
         widths=task.widths,
@@ -178,9 +190,21 @@ def dynalay(task: Task, layers: tuple[str, ...] = LAYERS) -> nn.Module:
     )
 
 
-def deq(task: Task, implicit: bool) -> nn.Module:
-    """torchdeq's equilibrium, as the zoo builds it, small."""
-    options: dict[str, Any] = {"width": 16, "inner": 16, "downsample": 1, "f_max_iter": 16, "b_max_iter": 16}
-    if not implicit:  # torchdeq's way to differentiate through the last steps of the solve
-        options |= {"ift": False, "grad": 4}
-    return build(task, "deq_tiny", **options)
+DEQ_WAYS: dict[str, dict[str, Any]] = {
+    "implicit": {"f_max_iter": 16, "b_max_iter": 16},
+    "phantom": {"f_max_iter": 16, "ift": False, "grad": 4},  # torchdeq's way through the last steps
+    # And through all of them: torchdeq's phantom gradient after one free evaluation.
+    "unrolled": {"f_solver": "simple_fixed_point_iter", "f_max_iter": 1, "ift": False, "grad": 15},
+}
+
+
+def deq(task: Task, way: str, in_use: bool = False) -> nn.Module:
+    """torchdeq's equilibrium, as the zoo builds it, small.
+
+    Args:
+        task: whose images.
+        way: of the gradient, of ``DEQ_WAYS``.
+        in_use: solved as it is when there is no gradient, whatever the way.
+    """
+    options = DEQ_WAYS["implicit" if in_use else way]
+    return _build(task, "deq_tiny", width=16, inner=16, downsample=1, **options)
