@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from zoo.cli import main
 from zoo.errors import ConfigError
 from zoo.tasks import RECIPES, Recipe, prefix_sums, recipe_for, score, train_task
+from zoo.tasks.catalog import Growing, find_task
+from zoo.tasks.examples import Examples
 from zoo.tasks.recipe import METHODS
 from zoo.tasks.run import load_model
 
@@ -79,11 +81,48 @@ def test_selection_takes_the_best_on_validation_data():
         ({"buffer": 3}, "buffer=3"),
         ({"buffer": 640, "method": "unrolled"}, "'phantom' keeps states"),
         ({"task": "maze"}, "Did you mean 'mazes'"),
+        ({"easier": (8,)}, "differ in shape"),
+        ({"task": "pathfinder", "size": 4, "easier": (3, 2)}, "ascending sizes below"),
+        ({"task": "pathfinder", "size": 4, "easier": (4,)}, "ascending sizes below"),
     ],
 )
 def test_impossible_recipes(changes, said):
     with pytest.raises(ConfigError, match=said):
         Recipe(**changes)
+
+
+@pytest.mark.parametrize("model", [name for name in RECIPES if name.endswith("_pathfinder")])
+def test_pathfinder_recipes_run(model):
+    changes = {"size": 4, "easier": (2, 3), "graded": (2, 4), "updates": 6, "batch_size": 8}
+    trained = train_task(recipe_for(model, **changes))
+    assert all(torch.isfinite(torch.tensor(trained.losses)))
+    with pytest.raises(ConfigError, match="leave easier out"):
+        train_task(recipe_for(model, **changes), data=find_task("pathfinder").draw(4, 32, 0, "train"))
+
+
+def test_examples_grow_and_half_of_a_batch_is_of_sizes_before():
+    task, drawn = find_task("pathfinder"), []
+
+    def draw(size, count, seed, split):
+        drawn.append((size, seed))
+        return Examples(torch.full((count, 1, 2, 2), float(size)), torch.zeros(count), {})
+
+    def batches():
+        return Growing(replace(task, draw=draw), (2, 3, 5), updates=100, batch_size=10, seed=3)
+
+    made, sizes, shown = batches(), [], []
+    for _ in range(100):
+        batch = next(made)
+        sizes.append(made.size)
+        shown.append(batch.inputs[:, 0, 0, 0].tolist())
+    assert [sizes.count(s) for s in (2, 3, 5)] == [28, 42, 30]  # 2 : 3 of 70 %, then the last one
+    assert sizes == sorted(sizes)
+    for size, batch in zip(sizes, shown, strict=True):
+        assert batch[:5] == [size] * 5 and len(set(batch[5:])) == 1 and batch[5] <= size
+    assert {batch[5] for batch in shown[70:]} == {2, 3, 5}
+    assert len(drawn) == len(set(drawn))  # never the same examples twice
+    again = batches()
+    assert [next(again).inputs[-1, 0, 0, 0].item() for _ in range(100)] == [batch[-1] for batch in shown]
 
 
 def test_unknown_settings_and_models():
@@ -195,6 +234,7 @@ class Stop(Exception):
         {"buffer": 16, "fresh": 0.5, "drop": 0.2, "jacobian_from": 0.0},
         {"method": "progressive", "graded": (2, 4)},
         {"model": "twnn_maze", "size": 5, "select": 2},
+        {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4)},
     ],
 )
 def test_an_interrupted_training_goes_on_to_the_same_weights(changes, tmp_path):

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from zoo.models.reasoning import ReasoningNet
-from zoo.tasks import TASKS, alignment, curve, pathfinder, recipe_for, score, train_task
+from zoo.tasks import TASKS, alignment, curve, recipe_for, score, train_task
 from zoo.tasks.examples import Examples
 from zoo.tasks.run import load_model
 
 __all__ = ["dynamics", "retrained", "shipped"]
 
 _PIXELS_AT_A_TIME = 2**19
-_POOL = 12_000
 _SCATTER = 250
 
 
@@ -59,7 +58,9 @@ def dynamics(model: str, size: int, count: int, most: int, seed: int) -> dict[st
     }
 
 
-def retrained(model: str, sizes: dict[int, int], seed: int, updates: int | None) -> dict[str, Any]:
+def retrained(
+    model: str, sizes: dict[int, int], seed: int, updates: int | None, changes: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A model trained by its recipe with one seed, then tested at several sizes.
 
     Args:
@@ -67,15 +68,12 @@ def retrained(model: str, sizes: dict[int, int], seed: int, updates: int | None)
         sizes: examples by size.
         seed: of the training.
         updates: in place of the recipe's.
+        changes: other settings in place of the recipe's.
     """
-    recipe = recipe_for(model, seed=seed, **({} if updates is None else {"updates": updates}))
-    data = (
-        pathfinder(recipe.size, _POOL if updates is None else 256, seed)
-        if recipe.task == "pathfinder"
-        else None
-    )
+    changes = {**(changes or {}), **({} if updates is None else {"updates": updates})}
+    recipe = recipe_for(model, seed=seed, **changes)
     begin = time.process_time()
-    trained = train_task(recipe, data=data)
+    trained = train_task(recipe)
     seconds = time.process_time() - begin
     tested = {}
     for size, count in sizes.items():

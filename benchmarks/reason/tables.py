@@ -220,17 +220,19 @@ def _rank_claims(cells: list[Record]) -> list[Claim]:
 
 def _seed_claims(cells: list[Record]) -> list[Claim]:
     lines = []
-    ours, theirs = _seeds(cells, "twnn_pathfinder", 14), _seeds(cells, "ff_pathfinder", 14)
-    if ours and theirs:
+    for size in (6, 9, 14):
+        ours, theirs = (_seeds(cells, f"{kind}_pathfinder", size) for kind in ("twnn", "ff"))
+        if not (ours and theirs):
+            continue
         ahead = 100 * (statistics.median(ours) - statistics.median(theirs))
         lines.append(
             Claim(
-                "Pathfinder at length 14, against a feed-forward net of equal size",
+                f"Pathfinder at length {size}, against a feed-forward net of equal size",
                 _spread(theirs),
                 _spread(ours),
                 f"{ahead:+.1f} points, {len(ours)} seed(s)",
-                "5 points ahead",
-                "yes" if ahead >= 5 else "no",
+                "5 points ahead at length 14",
+                ("yes" if ahead >= 5 else "no") if size == 14 else "-",
             )
         )
     values = _seeds(cells, "twnn_prefix", 512)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from .staged import StagedNet
 
 __all__ = [
     "WEIGHTS",
+    "Iterated",
     "MazeNet",
     "PathfinderNet",
     "PrefixNet",
@@ -32,6 +33,27 @@ __all__ = [
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 """Where the weights are that ship with the package."""
+
+
+@runtime_checkable
+class Iterated(Protocol):
+    """What training and analysis need of a network that iterates one step."""
+
+    def inject(self, inputs: Tensor) -> Tensor:
+        """What enters at every step."""
+        ...
+
+    def blank(self, x: Tensor) -> Tensor:
+        """The state that the iteration starts from."""
+        ...
+
+    def step(self, z: Tensor, x: Tensor) -> Tensor:
+        """One application of the map."""
+        ...
+
+    def read(self, z: Tensor, x: Tensor) -> Tensor:
+        """State and injection to logits."""
+        ...
 
 
 class ReasoningNet(nn.Module, ABC):
@@ -183,7 +205,7 @@ class PathfinderNet(StagedNet):
         drop_rate: dropout before the classifier.
         global_pool: timm's pooling type.
         **settings: of the wormhole, see :class:`PrefixNet`; the cell latches, and the gradient is that of
-            all steps, 30 at most.
+            all steps, 100 at most.
     """
 
     def __init__(
@@ -200,7 +222,7 @@ class PathfinderNet(StagedNet):
     ):
         super().__init__(("stem", "loop"), num_classes, in_chans, drop_rate)
         self.stem = Stem(in_chans, stem_width, downsample)
-        settings = {"adjoint": "unrolled", "max_iter": 30, **settings}
+        settings = {"adjoint": "unrolled", "max_iter": 100, **settings}
         cell: dict[str, Any] = {"blocks": blocks, "inner": (1, 1), "latching": True}
         self.loop = make_loop("wormhole", width, stem_width, settings, **cell)
         self.feature_info = [{"num_chs": width, "reduction": 2**downsample, "module": "loop"}]
@@ -208,6 +230,22 @@ class PathfinderNet(StagedNet):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         return {"stem": r"^stem", "blocks": r"^(loop)"}
+
+    def inject(self, inputs: Tensor) -> Tensor:
+        """Images to what enters at every step: (B, stem_width, H', W')."""
+        return self.stem(inputs)
+
+    def blank(self, x: Tensor) -> Tensor:
+        """The state that the iteration starts from: (B, width, H', W')."""
+        return self.loop.first(x)
+
+    def step(self, z: Tensor, x: Tensor) -> Tensor:
+        """One application of the map."""
+        return self.loop.step(z, x)
+
+    def read(self, z: Tensor, x: Tensor) -> Tensor:
+        """State to logits (B, num_classes); the injection is not read again."""
+        return self.forward_head(z)
 
 
 class Stem(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +11,15 @@ import torch
 from twnn_plugin.errors import nearest
 
 from ..errors import ConfigError
-from .examples import Examples
+from .examples import Examples, joined
 from .mazes import mazes
 from .pathfinder import pathfinder
 from .prefix import prefix_sums
 
-__all__ = ["TASKS", "Task", "find_task", "passes", "stream", "task_of_model"]
+__all__ = ["TASKS", "Growing", "Task", "find_task", "passes", "stream", "task_of_model"]
 
 _CHUNK = 2048
+_APART = 1_000_003  # between the seeds of two streams of one training
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,47 @@ def stream(task: Task, size: int, batch_size: int, seed: int) -> Iterator[Exampl
         for first in range(0, len(examples), batch_size):
             yield examples[torch.arange(first, first + batch_size)]
         chunk += 1
+
+
+class Growing:
+    """Training batches without end whose examples grow: a function of the arguments alone.
+
+    Half of a batch is of the present size, the other half of one drawn from the sizes so far. Each size is
+    the present one for a share of the updates in proportion to itself; the last one from ``_GROWN`` of
+    them on.
+
+    Args:
+        task: what is drawn.
+        sizes: at least two, ascending; the last one is what is trained for.
+        updates: batches that will be taken.
+        batch_size: examples a batch.
+        seed: of examples and sizes.
+
+    Attributes:
+        size: the present size, of the batch that was given last.
+    """
+
+    _GROWN = 0.7
+
+    def __init__(self, task: Task, sizes: Sequence[int], updates: int, batch_size: int, seed: int):
+        self.sizes, self.size = tuple(sizes), sizes[0]
+        half = batch_size // 2
+        self._present = {s: stream(task, s, half, seed) for s in self.sizes}
+        self._before = {s: stream(task, s, batch_size - half, seed + _APART) for s in self.sizes}
+        self._random = np.random.default_rng([seed, 7])
+        passed = np.cumsum(self.sizes[:-1])
+        self._ends = [self._GROWN * updates * float(p) / float(passed[-1]) for p in passed]
+        self._taken = 0
+
+    def __iter__(self) -> Growing:
+        return self
+
+    def __next__(self) -> Examples:
+        place = sum(self._taken >= end for end in self._ends)
+        self.size = self.sizes[place]
+        other = self.sizes[int(self._random.integers(place + 1))]
+        self._taken += 1
+        return joined(next(self._present[self.size]), next(self._before[other]))
 
 
 def passes(examples: Examples, batch_size: int, seed: int) -> Iterator[Examples]:

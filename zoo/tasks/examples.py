@@ -13,7 +13,7 @@ from twnn_plugin.errors import nearest
 
 from ..errors import ConfigError
 
-__all__ = ["SPLITS", "Examples", "collect", "fingerprints", "generator", "in_split"]
+__all__ = ["SPLITS", "Examples", "collect", "fingerprints", "generator", "in_split", "joined"]
 
 SPLITS = ("train", "val", "test")
 _SHARES = 16  # of 16 fingerprints two are validation data and two are test data
@@ -44,6 +44,15 @@ class Examples:
             self.targets[rows],
             {name: value[rows] for name, value in self.difficulty.items()},
         )
+
+
+def joined(first: Examples, second: Examples) -> Examples:
+    """The examples of both, which have the same shapes and difficulties."""
+    return Examples(
+        torch.cat([first.inputs, second.inputs]),
+        torch.cat([first.targets, second.targets]),
+        {name: torch.cat([value, second.difficulty[name]]) for name, value in first.difficulty.items()},
+    )
 
 
 def generator(seed: int, split: str, *about: int) -> np.random.Generator:

@@ -13,6 +13,7 @@ from .catalog import TASKS, find_task, task_of_model
 
 __all__ = ["METHODS", "RECIPES", "Recipe", "recipe_for"]
 
+_TUPLES = ("free", "graded", "easier")
 METHODS = ("phantom", "unrolled", "progressive", "implicit", "plain")
 
 
@@ -45,6 +46,8 @@ class Recipe:
         drop: share of the positions that a free or graded step leaves as they were, at random.
         buffer: states kept from update to update, with their examples; 0: every update starts anew (phantom).
         fresh: share of the buffer that is started anew at each use.
+        easier: smaller sizes, ascending, that are trained on first; see :class:`~zoo.tasks.catalog.Growing`.
+            For inputs of one shape (pathfinder). ``graded`` shrinks with the size (unrolled).
         select: updates between looks at validation examples of the same size; the weights that were right
             most often, the latest of equals, are the result. 0: the last ones are.
         seed: of everything random.
@@ -70,6 +73,7 @@ class Recipe:
     drop: float = 0.0
     buffer: int = 0
     fresh: float = 0.04
+    easier: tuple[int, ...] = ()
     select: int = 0
     seed: int = 0
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -93,6 +97,16 @@ class Recipe:
         self._require("free", 0 <= self.free[0] <= self.free[1], "fewest and most steps")
         self._require("graded", 1 <= self.graded[0] <= self.graded[1], "fewest and most steps, from 1 on")
         self._require("buffer", not 0 < self.buffer < self.batch_size, "0 or at least the batch size")
+        growing = (*self.easier, self.size)
+        self._require(
+            "easier", list(growing) == sorted(set(growing)), "ascending sizes below the trained one"
+        )
+        if self.easier and self.task != "pathfinder":
+            raise ConfigError(
+                f"easier={self.easier} mixes sizes in a batch, and inputs of {self.task} differ in shape "
+                "with their size. Leave it out."
+            )
+        self._require("batch_size", not self.easier or self.batch_size >= 2, "at least 2 with easier sizes")
         if self.buffer and self.method != "phantom":
             raise ConfigError(f"Only the method 'phantom' keeps states; got buffer={self.buffer}.")
 
@@ -102,14 +116,12 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "free": list(self.free), "graded": list(self.graded)}
+        return {**asdict(self), **{name: list(getattr(self, name)) for name in _TUPLES}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """The inverse of :meth:`as_dict`."""
-        plain: dict[str, Any] = {
-            name: tuple(v) if name in ("free", "graded") else v for name, v in values.items()
-        }
+        plain: dict[str, Any] = {name: tuple(v) if name in _TUPLES else v for name, v in values.items()}
         return cls(**plain)
 
 
@@ -124,7 +136,17 @@ _MAZES: dict[str, Any] = {
     "clip": 0.5,
 }
 _PLAIN: dict[str, Any] = {"method": "plain", "jacobian": 0.0}
-_IMAGES: dict[str, Any] = {**_PLAIN, "task": "pathfinder", "size": 14, "updates": 2500, "lr": 2e-3}
+_IMAGES: dict[str, Any] = {
+    "task": "pathfinder",
+    "size": 14,
+    "easier": tuple(range(2, 14)),
+    "graded": (18, 28),
+    "updates": 9000,
+    "warmup": 100,
+    "lr": 2e-3,
+    "clip": 0.5,
+    "jacobian": 0.0,
+}
 
 RECIPES: dict[str, Recipe] = {
     recipe.model: recipe
@@ -136,8 +158,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe(model="twnn_maze", **_MAZES),
         Recipe(model="rnn_maze", **{**_MAZES, "method": "progressive"}),
         Recipe(model="ff_maze", **{**_MAZES, **_PLAIN}),
-        Recipe(model="twnn_pathfinder", **{**_IMAGES, "method": "implicit"}),
-        Recipe(model="ff_pathfinder", **_IMAGES),
+        Recipe(model="twnn_pathfinder", method="unrolled", **_IMAGES),
+        Recipe(model="ff_pathfinder", method="plain", **_IMAGES),
         Recipe(model="deq_maze", **{**_MAZES, "method": "implicit"}),
     )
 }

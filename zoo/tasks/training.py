@@ -22,9 +22,9 @@ from twnn_plugin import jacobian_frobenius
 from ..checkpoint import restore_rng, rng_state
 from ..errors import ConfigError, TrainingError
 from ..interrupt import Interruption
-from ..models.reasoning import ReasoningNet
+from ..models.reasoning import Iterated
 from ..progress import Bar
-from .catalog import Task, find_task, passes, stream
+from .catalog import Growing, Task, find_task, passes, stream
 from .examples import Examples
 from .recipe import Recipe
 from .scoring import score
@@ -33,6 +33,7 @@ __all__ = ["Trained", "train_task"]
 
 _BETAS = (0.9, 0.99)
 _VALIDATION = 256
+_ENDS = 4
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,7 @@ class _Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.lr, betas=_BETAS, weight_decay=0.0
         )
-        if data is None:
-            self.batches = stream(task, recipe.size, recipe.batch_size, recipe.seed)
-        else:
-            self.batches = passes(data, recipe.batch_size, recipe.seed)
+        self.batches = _batches(recipe, task, data)
         self.random = np.random.default_rng([recipe.seed, 4])
         self.objective = _objective(recipe, self.model, self.batches, self.random)
         self.losses: list[float] = []
@@ -186,6 +184,17 @@ class _Training:
         restore_rng(state["rng"], torch.device("cpu"))
 
 
+def _batches(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examples]:
+    if data is not None and recipe.easier:
+        raise ConfigError("Examples at hand are of one size: leave easier out, or draw them (no data).")
+    if data is not None:
+        return passes(data, recipe.batch_size, recipe.seed)
+    if recipe.easier:
+        sizes = (*recipe.easier, recipe.size)
+        return Growing(task, sizes, recipe.updates, recipe.batch_size, recipe.seed)
+    return stream(task, recipe.size, recipe.batch_size, recipe.seed)
+
+
 class _Best:
     """The weights that were right most often on validation examples of the size that is trained on."""
 
@@ -219,7 +228,7 @@ def _objective(
 
     if recipe.method in ("plain", "implicit"):
         return lambda update: _whole(model, next(batches))
-    if not isinstance(model, ReasoningNet):
+    if not isinstance(model, Iterated):
         raise OptionError(
             f"Method {recipe.method!r} iterates the model's step; {recipe.model} has none. Use 'plain' "
             "or 'implicit'."
@@ -227,7 +236,7 @@ def _objective(
     if recipe.method == "progressive":
         return lambda update: _progressive(recipe, model, next(batches), random)
     if recipe.method == "unrolled":
-        return lambda update: _unrolled(recipe, model, next(batches), random)
+        return lambda update: _unrolled(recipe, model, batches, random)
     return _Phantom(recipe, model, batches, random)
 
 
@@ -239,7 +248,7 @@ def _draw(random: np.random.Generator, bounds: tuple[int, int]) -> int:
     return int(random.integers(bounds[0], bounds[1] + 1))
 
 
-def _run(model: ReasoningNet, z: Tensor, x: Tensor, steps: int, drop: float = 0.0) -> Tensor:
+def _run(model: Iterated, z: Tensor, x: Tensor, steps: int, drop: float = 0.0) -> Tensor:
     for _ in range(steps):
         new = model.step(z, x)
         if drop:
@@ -248,13 +257,19 @@ def _run(model: ReasoningNet, z: Tensor, x: Tensor, steps: int, drop: float = 0.
     return z
 
 
-def _unrolled(recipe: Recipe, model: ReasoningNet, batch: Examples, random: np.random.Generator) -> Tensor:
+def _unrolled(
+    recipe: Recipe, model: Iterated, batches: Iterator[Examples], random: np.random.Generator
+) -> Tensor:
+    batch, bounds = next(batches), recipe.graded
+    if isinstance(batches, Growing):  # a contour's ends count, too, so that the shortest still take a few
+        share = (batches.size + _ENDS) / (recipe.size + _ENDS)
+        bounds = (max(1, round(share * bounds[0])), max(1, round(share * bounds[1])))
     x = model.inject(batch.inputs)
-    z = _run(model, model.blank(x), x, _draw(random, recipe.graded), recipe.drop)
+    z = _run(model, model.blank(x), x, _draw(random, bounds), recipe.drop)
     return F.cross_entropy(model.read(z, x), batch.targets)
 
 
-def _progressive(recipe: Recipe, model: ReasoningNet, batch: Examples, random: np.random.Generator) -> Tensor:
+def _progressive(recipe: Recipe, model: Iterated, batch: Examples, random: np.random.Generator) -> Tensor:
     """Bansal et al. (2022), algorithm 1."""
     x = model.inject(batch.inputs)
     most = recipe.graded[1]
@@ -275,7 +290,7 @@ class _Phantom:
     """Free steps from noise, zero or kept states, then a few steps with gradient."""
 
     def __init__(
-        self, recipe: Recipe, model: ReasoningNet, batches: Iterator[Examples], random: np.random.Generator
+        self, recipe: Recipe, model: Iterated, batches: Iterator[Examples], random: np.random.Generator
     ):
         self.recipe, self.model, self.batches, self.random = recipe, model, batches, random
         self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
