@@ -52,6 +52,8 @@ class Recipe:
             random.
         weights: how often each of the three layers is drawn.
         closed: weight of the closed path's loss.
+        hidden: channels within the connections' mixers.
+        scale: initial scale of the connections.
         tolerances: of the solves in use; one is chosen on validation data.
         max_iter: evaluations at most, in use.
         agent_epochs: passes over the images that the agent is taught on.
@@ -70,8 +72,10 @@ class Recipe:
     clip: float = 2.0
     draws: tuple[int, ...] = (1, 2, 3)
     share: float = 1.0
-    weights: tuple[float, ...] = (1.0, 3.0, 1.0)
-    closed: float = 0.5
+    weights: tuple[float, ...] = (1.0, 8.0, 1.0)
+    closed: float = 0.3
+    hidden: int = 16
+    scale: float = 1.0
     tolerances: tuple[float, ...] = (0.3, 0.1, 0.03)
     max_iter: int = 12
     agent_epochs: int = 40
@@ -183,8 +187,8 @@ def dynalay(task: Task, layers: tuple[str, ...] = LAYERS) -> nn.Module:
         max_choices=1,
         open_head=True,
         message="mixer",
-        hidden=16,
-        scale=0.5,
+        hidden=task.recipe.hidden,
+        scale=task.recipe.scale,
         solver="picard",
         adjoint="unrolled",
     )
