@@ -29,7 +29,7 @@ RETRAINED = {
     "pathfinder": {6: 4000},
 }
 SMALLER: dict[str, Any] = {"size": 6, "easier": (2, 3, 4, 5), "graded": (10, 16), "updates": 2500}
-"""Pathfinder at the size that a small machine trains in minutes; the recipe's own takes about an hour on one core."""
+"""Pathfinder at a size that a small machine trains in minutes; the recipe's own takes about an hour."""
 FULL = {"pathfinder": {6: 4000, 9: 4000, 14: 4000}}
 KINDS = {
     "prefix": ("twnn", "ff", "rnn", "deq"),
