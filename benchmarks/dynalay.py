@@ -67,6 +67,8 @@ class DynaLay(Benchmark):
         if arm in ("dynalay", "cold", "model1", "model2"):
             return {**common, **_dynalay(task, data, arm, seed)}
         way = arm.removeprefix("deq-") if arm.startswith("deq-") else None
+        if way is not None:
+            task = replace(task, recipe=replace(task.recipe, lr=task.recipe.deq_lr))
         model = plain(task) if way is None else deq(task, way)
         factor = {"longer": task.recipe.longer, "model0": 1.0}.get(
             arm, task.recipe.deq_epochs / task.recipe.epochs

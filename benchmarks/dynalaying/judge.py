@@ -26,7 +26,6 @@ from .train import percent, predict, teach
 __all__ = ["judge"]
 
 _POINTS = 25  # of a curve over thresholds
-_ALIKE = 0.15  # points of accuracy
 _WEIGHTS = (-1.0, -0.5, -0.2, -0.1, 0.0, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -131,7 +130,7 @@ def _tolerance(
             {"tol": tol, "accuracy": percent(seen.right[:, place]), "cost": float(seen.cost[:, place].mean())}
         )
     top = max(entry["accuracy"] for entry in tried)
-    good = [entry for entry in tried if entry["accuracy"] >= top - _ALIKE]
+    good = [entry for entry in tried if entry["accuracy"] >= top - 0.15]
     best = min(good, key=lambda entry: entry["cost"])
     selection.configure(tol=best["tol"], max_iter=task.recipe.max_iter)
     return best["tol"], tried
@@ -165,15 +164,9 @@ def _agents(
 
 
 def _pick(points: list[dict[str, Any]], budget: float) -> dict[str, Any]:
-    """Of the points whose multiply-adds are within the budget the cheapest that is as accurate as the best.
-
-    Relative to the open-loop pass; as accurate: within what so many images can tell apart.
-    """
+    """The most accurate point whose multiply-adds are within the budget, relative to the open-loop pass."""
     within = [point for point in points if 1 + point["cost"] <= budget]
-    within = within or [min(points, key=lambda point: point["cost"])]
-    top = max(point["accuracy"] for point in within)
-    good = [point for point in within if point["accuracy"] >= top - _ALIKE]
-    return min(good, key=lambda point: (point["cost"], -point["accuracy"]))
+    return max(within or [min(points, key=lambda p: p["cost"])], key=lambda p: (p["accuracy"], -p["cost"]))
 
 
 def _with_weight(policy: Any, weight: float, seen: Seen) -> Tensor:

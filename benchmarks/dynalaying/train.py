@@ -176,7 +176,7 @@ def teach(policy: Policy, seen: Study, labels: Tensor, recipe: Recipe, beta: flo
         The mean expected reward of each epoch.
     """
     settings = reward_of(beta)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=recipe.agent_decay)
     draw = torch.Generator().manual_seed(seed)
     rewards = []
     for _ in range(recipe.agent_epochs):
