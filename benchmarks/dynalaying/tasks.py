@@ -207,7 +207,7 @@ DEQ_WAYS: dict[str, dict[str, Any]] = {
 
 
 def deq(task: Task, way: str, in_use: bool = False) -> nn.Module:
-    """torchdeq's equilibrium, as the zoo builds it, of the size and with the solver of the benchmark ``models``.
+    """torchdeq's equilibrium, as the zoo builds it, with the size and the solver of ``models``.
 
     Args:
         task: whose images.
