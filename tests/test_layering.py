@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first. A module belongs to the longest name here that it is or lies in; it may import its own
 # layer and those above it in this list. A package's own name stands for its __init__ and the rest of it.
 LAYERS = (
-    ("twnn_plugin.errors", "twnn_plugin.types", "twnn_plugin.trees"),
+    ("twnn_plugin.errors", "twnn_plugin.types", "twnn_plugin.trees", "twnn_plugin.modes"),
     ("twnn_plugin.registry", "twnn_plugin.hookspecs"),
     ("twnn_plugin.state",),
     ("twnn_plugin.solvers.base", "twnn_plugin.solvers.memory"),

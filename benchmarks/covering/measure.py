@@ -19,8 +19,8 @@ from twnn_plugin.backbones.span import asleep
 from twnn_plugin.backbones.spec import auto
 from twnn_plugin.backbones.survey import Survey, survey
 from twnn_plugin.backbones.timm_adapter import TimmBackbone
-from twnn_plugin.backbones.trace import evaluating
 from twnn_plugin.backbones.wiring import wire
+from twnn_plugin.modes import evaluating
 from twnn_plugin.trees import leaves
 
 __all__ = ["KINDS", "architectures", "classify", "prove"]

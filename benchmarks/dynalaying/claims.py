@@ -9,7 +9,8 @@ from statistics import mean
 from typing import Any
 
 from ..harness import Claim
-from .report import TITLES, Record, Runs, differences, runs_of, spread, tested, values
+from ..training.report import Record, Runs, paired, runs_of
+from .report import TITLES, spread, tested, values
 from .tasks import TASKS
 from .text import TEXTS, VARIANTS
 
@@ -33,7 +34,7 @@ def _text(title: str, runs: Runs) -> Claim:
     figures = {name: values(runs, name, tested) for name in VARIANTS if name in runs}
     means = {name: mean(found.values()) for name, found in figures.items()}
     best = better(means, key=lambda name: means[name])
-    gain = differences(figures.get("layer3", {}), figures.get("none", {}))
+    gain = paired(figures.get("layer3", {}), figures.get("none", {}))
     return Claim(
         f"figure 7, LSTM, {title}: iterating which layer is best",
         "the third",
@@ -73,7 +74,7 @@ def _claims(title: str, runs: Runs) -> list[Claim]:
         )
     )
     rel = [cost[s] / always_cost[s] for s in mine]
-    gap = differences(agent, always)
+    gap = paired(agent, always)
     made.append(
         Claim(
             f"agent: DynaLay against iterating always, {title}",
@@ -87,7 +88,7 @@ def _claims(title: str, runs: Runs) -> list[Claim]:
     if "longer" in runs:
         frugal = of(lambda d: d["test"]["frugal"]["accuracy"])
         spent = of(lambda d: 1 + d["test"]["frugal"]["cost"])
-        ahead = differences(frugal, values(runs, "longer", tested))
+        ahead = paired(frugal, values(runs, "longer", tested))
         if ahead:
             met = mean(ahead) >= 1.0 and mean(spent.values()) <= 1.3
             made.append(
@@ -112,7 +113,7 @@ def _claims(title: str, runs: Runs) -> list[Claim]:
 
 
 def _against(title: str, name: str, agent: dict[int, float], other: dict[int, float], margin: float) -> Claim:
-    gaps = differences(agent, other)
+    gaps = paired(agent, other)
     return Claim(
         f"agent: against {name}, {title}",
         f"{spread(list(other.values()))} %",
@@ -201,7 +202,7 @@ def _compared(title: str, runs: Runs, agent: dict[int, float]) -> list[Claim]:
     made = []
     if "cold" in runs:
         cold = values(runs, "cold", tested)
-        gaps = differences(agent, cold)
+        gaps = paired(agent, cold)
         if gaps:
             made.append(
                 Claim(
@@ -238,7 +239,7 @@ def _faster(title: str, runs: Runs, agent: dict[int, float]) -> list[Claim]:
         if not both:
             continue
         ratios = [theirs[s] / ours[s] for s in both]
-        ahead = differences(agent, values(runs, arm, tested))
+        ahead = paired(agent, values(runs, arm, tested))
         made.append(
             Claim(
                 f"table 1, backward pass, {title}: against {TITLES[arm]}",

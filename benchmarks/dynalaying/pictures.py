@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ..solving.pictures import save
-from .report import Runs, runs_of
+from ..training.report import Runs, runs_of
 from .tasks import TASKS, Task
 from .text import TEXTS, VARIANTS
 

@@ -8,14 +8,11 @@ from statistics import mean
 from typing import Any
 
 from ..harness import Table
+from ..training.report import Record, Runs, runs_of
 from .tasks import TASKS
 from .text import TEXTS, VARIANTS, TextTask
 
-__all__ = ["TITLES", "Record", "Runs", "differences", "runs_of", "spread", "tables", "tested", "values"]
-
-Record = dict[str, Any]
-Runs = dict[str, dict[int, Record]]
-"""The data of finished cells by arm and seed."""
+__all__ = ["TITLES", "spread", "tables", "tested", "values"]
 
 PAPER = {"dynalay": "92 %, 87 s", "longer": "88 %, 120 s", "deq-implicit": "91 %, 600 min"}
 """Table 1 on CIFAR-10: test accuracy and backward pass."""
@@ -28,16 +25,6 @@ TITLES = {
     "deq-phantom": "torchdeq DEQ, through the last steps",
     "deq-unrolled": "torchdeq DEQ, unrolled",
 }
-
-
-def runs_of(cells: list[dict[str, Any]], task: str) -> Runs:
-    """The finished runs of one data set."""
-    found: Runs = {}
-    for cell in cells:
-        options = cell["options"]
-        if cell["status"] == "ok" and options["task"] == task:
-            found.setdefault(options["arm"], {})[options["seed"]] = cell["data"]
-    return found
 
 
 def values(runs: Runs, arm: str, pick: Callable[[Record], Any]) -> dict[int, float]:
@@ -54,11 +41,6 @@ def spread(figures: Sequence[float], digits: int = 2, unit: str = "") -> str:
     if len(known) == 1:
         return middle
     return f"{middle} ({min(known):.{digits}f} to {max(known):.{digits}f})"
-
-
-def differences(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
-    """Seed by seed, over the seeds that both have."""
-    return [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
 
 
 def tested(data: Record) -> float:

@@ -20,7 +20,8 @@ import zoo.models  # noqa: F401  (registers the models with timm)
 from twnn_plugin.selection import selection_of
 from zoo.data.text import TextBatches, TextSplits, load_text
 
-from .train import percent, schedule, timed
+from ..training.cycle import cycle
+from .train import percent, timed
 
 __all__ = ["QUICK_TEXTS", "TEXTS", "VARIANTS", "TextTask", "run_text"]
 
@@ -91,7 +92,7 @@ def run_text(task: TextTask, variant: str, seed: int) -> dict[str, Any]:
     batches = TextBatches(splits.train, task.batch, shuffle=True, drop_last=True, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=1e-2)
     total = min(task.epochs * len(batches), task.updates or math.inf)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(int(total)))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, cycle(int(total)))
     curve, done = [], 0
     for epoch in range(task.epochs):
         losses = []

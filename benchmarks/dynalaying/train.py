@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable
 from statistics import median
@@ -12,16 +11,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 
 import twnn_plugin as tw
 from twnn_plugin.policies import Policy
 from twnn_plugin.selection import Reward, Study, closed_loss, informed_loss, selection_of
 
+from ..training.cycle import one_cycle
 from .tasks import LAYERS, Part, Recipe, Task
 
-__all__ = ["backward_times", "fit", "forward_cost", "percent", "predict", "schedule", "teach", "timed"]
+__all__ = ["backward_times", "fit", "forward_cost", "percent", "predict", "teach", "timed"]
 
 BACKWARD = 2.0
 """Multiply-adds of a backward pass over those of its forward pass: one product each for weights and input."""
@@ -64,7 +63,8 @@ class _Fit:
         self.cost = forward_cost(model, data["train"].images[:1]) if self.selection is None else 0
 
     def run(self) -> dict[str, Any]:
-        optimizer, schedule = self._optimizer()
+        recipe, total = self.recipe, self.epochs * self.each
+        optimizer, schedule = one_cycle(self.model, recipe.lr, recipe.weight_decay, total)
         curve = []
         for epoch in range(self.epochs):
             if self.selection is not None:
@@ -94,15 +94,6 @@ class _Fit:
             w for name, w in zip(LAYERS, self.recipe.weights, strict=True) if name in self.selection.iterated
         ]
         return tw.policy("random", p=self.recipe.share, weights=weights)
-
-    def _optimizer(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        named = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in named if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
-            {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr)
-        return optimizer, LambdaLR(optimizer, schedule(self.epochs * self.each))
 
     def _loss(self, part: Part) -> Tensor:
         self.model.train()
@@ -191,18 +182,6 @@ def teach(policy: Policy, seen: Study, labels: Tensor, recipe: Recipe, beta: flo
         rewards.append(sum(total) / len(total))
     policy.eval()
     return rewards
-
-
-def schedule(total: int) -> Callable[[int], float]:
-    """One cycle over ``total`` updates: up over 15 % of them, and down on half a cosine."""
-    rising = max(1, round(0.15 * total))
-
-    def factor(update: int) -> float:
-        if update < rising:
-            return (update + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (update - rising) / max(1, total - rising)))
-
-    return factor
 
 
 def backward_times(model: nn.Module, part: Part, rounds: int = 15, batch: int = 64) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..harness import Executed, Stopwatch
+from ..training.cycle import one_cycle
 from ..training.tasks import Part
 from .arms import Arm, Scale
 from .networks import Shape
@@ -67,7 +68,9 @@ class Run:
         whole = self.scale.updates or self.scale.epochs * per_epoch
         self.total = max(2, round(whole * self.arm.share_of(self.scale.name)))
         self.draw = torch.Generator().manual_seed(self.seed + 1000)
-        self.optimizer, self.schedule = self._optimizer()
+        self.optimizer, self.schedule = one_cycle(
+            self.model, self.rate, DECAY, self.total, RISING, self.updates
+        )
         self.batches = self._batches()
 
     def until(self, share: float) -> None:
@@ -101,7 +104,9 @@ class Run:
         network = self.arm.network
         images, labels = next(self.batches)
         if network.begin(self.model, self.updates, self.total):
-            self.optimizer, self.schedule = self._optimizer()
+            self.optimizer, self.schedule = one_cycle(
+                self.model, self.rate, DECAY, self.total, RISING, self.updates
+            )
         self.model.train()
         watch.start()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
@@ -123,23 +128,7 @@ class Run:
         return watch.laps()
 
     def _optimizer(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        named = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in named if p.ndim > 1], "weight_decay": DECAY},
-            {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        rising = max(1, round(RISING * self.total))
-
-        done = self.updates
-
-        def factor(since: int) -> float:
-            update = since + done
-            if update < rising:
-                return (update + 1) / rising
-            return 0.5 * (1 + math.cos(math.pi * (update - rising) / max(1, self.total - rising)))
-
-        optimizer = torch.optim.AdamW(groups, lr=self.rate)
-        return optimizer, LambdaLR(optimizer, factor)
+        return one_cycle(self.model, self.rate, DECAY, self.total, RISING, self.updates)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Half of the images mirrored; an epoch after the other, without end."""

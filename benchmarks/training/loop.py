@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 
 import twnn_plugin as tw
 
+from .cycle import one_cycle
 from .tasks import Arm, Opening, Part, Recipe, Task, build
 
 __all__ = ["BACKWARD", "fit", "forward_cost", "open_up"]
@@ -99,21 +98,9 @@ class _Fit:
 
     def _optimizer(self, done: int) -> torch.optim.Optimizer:
         """AdamW over all parameters that there are now, with its schedule at update ``done``."""
-        named = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in named if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
-            {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.rate)
-        rising = max(1, round(self.recipe.rising * self.total))
-
-        def factor(update: int) -> float:
-            place = update + done
-            if place < rising:
-                return (place + 1) / rising
-            return 0.5 * (1 + math.cos(math.pi * (place - rising) / max(1, self.total - rising)))
-
-        self.schedule = LambdaLR(optimizer, factor)
+        optimizer, self.schedule = one_cycle(
+            self.model, self.rate, self.recipe.weight_decay, self.total, self.recipe.rising, done
+        )
         return optimizer
 
     def _batches(self) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from ..harness import Claim, Table
 from .tasks import TASKS, Task
 
-__all__ = ["Runs", "claims", "interval", "paired", "runs_of", "tables"]
+__all__ = ["Record", "Runs", "claims", "interval", "paired", "runs_of", "tables"]
 
 Record = dict[str, Any]
 Runs = dict[str, dict[int, Record]]

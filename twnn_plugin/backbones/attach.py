@@ -15,6 +15,7 @@ from ..blocks.prices import set_prices
 from ..blocks.wormhole import gate_factory
 from ..errors import AttachError, OptionError, UnknownNameError
 from ..gates import Gate
+from ..modes import evaluating
 from ..policies import Policy
 from ..policies.base import SelectionPolicy
 from ..trees import leaves
@@ -30,7 +31,6 @@ from .rerun_group import RerunGroup
 from .span import AttachedSpan, ReplayedGroup, spans
 from .spec import SpanSpec, listed
 from .survey import run
-from .trace import evaluating
 
 __all__ = ["CHILD", "OPTIONS", "attach", "spans"]
 

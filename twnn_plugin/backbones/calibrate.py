@@ -13,9 +13,9 @@ from ..blocks.prices import set_prices
 from ..blocks.wormhole import Wormhole
 from ..errors import AttachError, OptionError
 from ..gates import LearnedGate
+from ..modes import evaluating
 from .attach import known_backbone
 from .survey import run
-from .trace import evaluating
 
 __all__ = ["calibrate", "renew_prices"]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..modes import evaluating
 from ..trees import leaves, rebuild
-from .trace import evaluating
 
 __all__ = ["Call", "Flow", "Place", "Use", "follow", "leaf_at", "rows_per_sample", "with_leaf"]
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import OptionError
 from ..gates import LearnedGate
 from ..gates.constant import AlwaysGate, NeverGate
+from ..modes import evaluating
 from .feedback import Feedback
 
 __all__ = ["set_prices"]
@@ -61,20 +61,9 @@ def _count(
     model: nn.Module, parts: Sequence[Feedback], forward: Callable[[], Any], opened: Sequence[Feedback]
 ) -> int:
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), _one_replay(parts, opened), torch.no_grad(), counter:
+    with evaluating(model), _one_replay(parts, opened), counter:
         forward()
     return counter.get_total_flops()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

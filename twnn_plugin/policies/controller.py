@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .learner import LearningPolicy
 from .selection import Selection, SelectionView
@@ -42,13 +42,7 @@ class ControllerPolicy(LearningPolicy):
         self.cost_weight, self.forward_bias = cost_weight, forward_bias
 
     def build(self, inputs: int, layers: int) -> None:
-        self.body = nn.Sequential(nn.Linear(inputs, self.hidden), nn.ReLU())
-        self.score = nn.Linear(self.hidden, 1 + 2 * layers)
-        self.value = nn.Sequential(nn.Linear(inputs, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1))
-        nn.init.normal_(self.score.weight, std=0.01)
-        nn.init.zeros_(self.score.bias)
-        with torch.no_grad():
-            self.score.bias[0] = self.forward_bias
+        self.choose_among(inputs, 1 + 2 * layers, self.forward_bias)
 
     def select(self, view: SelectionView) -> Selection:
         inputs = self.perceived(view)

@@ -71,14 +71,7 @@ class DynaLayPolicy(LearningPolicy):
         self.cost_weight, self.temperature, self.nop_bias = cost_weight, temperature, nop_bias
 
     def build(self, inputs: int, layers: int) -> None:
-        self.body = nn.Sequential(nn.Linear(inputs, self.hidden), nn.ReLU())
-        self.score = nn.Linear(self.hidden, layers + 1)
-        # The reward is estimated apart, so that fitting it does not move the choices.
-        self.value = nn.Sequential(nn.Linear(inputs, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1))
-        nn.init.normal_(self.score.weight, std=0.01)
-        nn.init.zeros_(self.score.bias)
-        with torch.no_grad():
-            self.score.bias[0] = self.nop_bias
+        self.choose_among(inputs, layers + 1, self.nop_bias)
 
     def select(self, view: SelectionView) -> Selection:
         scores = self.scores(view)

@@ -96,6 +96,23 @@ class LearningPolicy(SelectionPolicy):
     def build(self, inputs: int, layers: int) -> None:
         """Make the networks: of (b, inputs) features, as :func:`perceive` gives them."""
 
+    def choose_among(self, inputs: int, outputs: int, rest: float) -> None:
+        """Make the usual networks: scores of the outputs, nearly alike at first, and the expected reward.
+
+        Args:
+            inputs: features.
+            outputs: moves; the first is to iterate nothing.
+            rest: initial logit of that one.
+        """
+        self.body = nn.Sequential(nn.Linear(inputs, self.hidden), nn.ReLU())
+        self.score = nn.Linear(self.hidden, outputs)
+        # The reward is estimated apart, so that fitting it does not move the choices.
+        self.value = nn.Sequential(nn.Linear(inputs, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1))
+        nn.init.normal_(self.score.weight, std=0.01)
+        nn.init.zeros_(self.score.bias)
+        with torch.no_grad():
+            self.score.bias[0] = rest
+
     def perceived(self, view: SelectionView) -> Tensor:
         """(b, F) in the dtype of the agent's weights."""
         weight = next(self.parameters(), None)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..blocks import Feedback
 from ..errors import MapError
+from ..modes import evaluating
 from .protocols import Counted
 
-__all__ = ["Costs", "count", "evaluating", "probe"]
+__all__ = ["Costs", "count", "probe"]
 
 
 class Costs:
@@ -39,20 +39,6 @@ class Costs:
         self.prices = torch.tensor([(r + a) / whole for r, a in zip(self.replay, self.again, strict=True)])
 
 
-@contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within this, the modules are in eval mode."""
-    modes = [(module, module.training) for part in modules for module in part.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def probe(modules: Sequence[nn.Module], names: Sequence[str], example: Tensor) -> list[Tensor]:
     """The activations from the input to the logits, in eval mode.
 
@@ -60,7 +46,7 @@ def probe(modules: Sequence[nn.Module], names: Sequence[str], example: Tensor) -
         MapError: a layer does not map a tensor to a tensor of the same batch size.
     """
     values = [example]
-    with evaluating(modules):
+    with evaluating(*modules):
         for name, module in zip((*names, "head"), modules, strict=True):
             out = module(values[-1])
             if not isinstance(out, Tensor) or out.dim() == 0 or out.shape[0] != example.shape[0]:
@@ -80,7 +66,7 @@ def count(
     parts: list[int] = []
     messages: list[int] = []
     states = [x.detach().new_zeros(1, *x.shape[1:])]
-    with evaluating(modules):
+    with evaluating(*modules):
         for module in modules:
             given = states[-1]
             with FlopCounterMode(display=False) as counter:

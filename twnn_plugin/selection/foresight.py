@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..modes import evaluating
 from ..policies.base import SelectionPolicy
 from ..policies.oracle import OraclePolicy
 from ..policies.selection import Selection, SelectionView
-from .costs import evaluating
 from .engine import selection_of
 
 __all__ = ["Outcomes", "foreseen", "outcomes"]
@@ -69,7 +69,7 @@ def outcomes(model: nn.Module, x: Tensor) -> Outcomes:
     try:
         for action in range(len(selection.iterated) + 1):
             selection.policy = _One(action)
-            with evaluating([model]):
+            with evaluating(model):
                 logits.append(model(x))
             assert selection.last is not None
             cost.append(selection.last.spent)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..modes import evaluating
 from ..policies import Policy
 from ..policies.base import SelectionPolicy
 from ..policies.selection import Selection, SelectionView
-from .costs import evaluating
 from .engine import selection_of
 from .foresight import Outcomes, outcomes
 from .learning import Reward
@@ -104,7 +104,7 @@ def study(model: nn.Module, x: Tensor, batch: int = 500) -> Study:
         before, watch = selection.policy, _Watch()
         selection.policy = watch
         try:
-            with evaluating([model]):
+            with evaluating(model):
                 model(part)
         finally:
             selection.policy = before

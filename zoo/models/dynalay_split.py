@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +100,7 @@ def split(model: nn.Module) -> Split:
     """
     from twnn_plugin.backbones.attach import find_backbone  # importing twnn_plugin imports this module
     from twnn_plugin.errors import AttachError
+    from twnn_plugin.modes import evaluating
 
     backbone = find_backbone(model)
     whole: Any = model
@@ -109,7 +109,7 @@ def split(model: nn.Module) -> Split:
             raise AttachError(f"{type(model).__name__} has no {needed}: it cannot be made a DynaLay model.")
     modules = dict(model.named_modules())
     weighty = [s.name for s in backbone.stages(model) if any(True for _ in modules[s.name].parameters())]
-    with _evaluating(model):
+    with evaluating(model):
         images, calls, features = _traced(model, backbone, weighty)
         path = _route(model, calls, weighty, features)
         inside = _calls_of(model, lambda: whole.forward_head(features))
@@ -127,18 +127,6 @@ def split(model: nn.Module) -> Split:
                 "Attach a wormhole instead: tw.attach(model), or a 'twnn_' model."
             )
     return Split(layers, tuple(weighty), head, example.detach(), backbone.channels_last(model))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _traced(model: nn.Module, backbone: Any, stages: Sequence[str]) -> tuple[Tensor, list[_Call], Tensor]:
