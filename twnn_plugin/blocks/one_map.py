@@ -88,9 +88,17 @@ class OneMap:
 
         In training, and where a part of the span is in training mode or normalises by batches in eval mode.
         """
-        if training or any(m.training for m in self.fickle):
+        if training:
             return True
-        return any(norm.running_mean is None and _by_batch(norm) for norm in self.norms)
+        for module in self.fickle:
+            if module.training:
+                return True
+        # The flag is an attribute; to find a buffer takes a module several times as long.
+        return any(not norm.track_running_stats and _by_batch(norm) for norm in self.norms)
+
+    def untold(self) -> str | None:
+        """The type of a normalisation by batches in eval mode whose flag says otherwise; None: there is none."""
+        return next((type(norm).__name__ for norm in self.norms if _by_batch(norm)), None)
 
     def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(norm, _BatchNorm)

@@ -47,12 +47,18 @@ class OpenLoop:
                 this time they are kept. Also once, to see whether there are such functions.
 
         Raises:
-            AttachError: a module changes its buffers whenever it runs, or the pass comes out otherwise when
-                its statistics are held.
+            AttachError: a module changes its buffers whenever it runs, the pass comes out otherwise when
+                its statistics are held, or a normalisation lost its statistics but not the flag for them.
         """
-        if not self.active:
-            return out, None
         one_map = self.one_map
+        if not self.active:
+            untold = one_map.untold()
+            if untold is not None:
+                raise AttachError(
+                    f"A {untold} of this span has track_running_stats=True but no running statistics, so that "
+                    "it normalises by batches and nothing says so. Set track_running_stats=False, too."
+                )
+            return out, None
         one_map.open_loop(False)
         after = random_state(self.entry.device)
         drew = not same(self.before, after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -220,7 +221,7 @@ class LearnedGate(Gate):
         self.register_buffer("effort", torch.full((), _EFFORT))  # running mean of replays per open sample
         self.register_buffer("price", torch.ones(()))  # of a replay, in passes of the plain network
         self._penalty: Tensor | None = None
-        self._score: Tensor | None = None  # (B, 1) or (B, C) of the last pass, without a graph
+        self._seen = _Seen()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -229,7 +230,8 @@ class LearnedGate(Gate):
     @property
     def scores(self) -> Tensor | None:
         """(B,) scores of the last pass, without a graph; None before the first."""
-        return None if self._score is None else largest(self._each(self._score))
+        score = self._seen.score
+        return None if score is None else largest(self._each(score))
 
     @property
     def budget(self) -> float | str | None:
@@ -287,10 +289,11 @@ class LearnedGate(Gate):
         """
         score = self._scored(features)
         margin = (self._each(score) - self.threshold) / self.temperature
-        self._score, self._penalty = score.detach(), None
+        seen = self._seen.score = score.detach()
+        self._penalty = None
         if self.training and self._budget is not None and score.numel():
             if self.control == "threshold":
-                self._follow(largest(self._each(self._score)))
+                self._follow(largest(self._each(seen)))
             else:
                 self._press(largest(margin))
         return margin
@@ -304,7 +307,7 @@ class LearnedGate(Gate):
         above = score - threshold
         if not (above if above.numel() == 1 else above.amax()).item() <= 0:  # nor is NaN
             return None
-        self._score = score
+        self._seen.score = score
         if self._penalty is not None:
             self._penalty = None
         return partial(self._chance, above, self.temperature)
@@ -359,7 +362,14 @@ class LearnedGate(Gate):
 
     # Copies and pickles hold no activations.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_penalty": None, "_score": None}
+        return {**self.__dict__, "_penalty": None, "_seen": _Seen()}
+
+
+@dataclass
+class _Seen:
+    """Of the last pass, in a place that takes less time to write to than a module."""
+
+    score: Tensor | None = None  # (B, 1) or (B, C), without a graph
 
 
 def largest(rows: Tensor) -> Tensor:
