@@ -22,7 +22,7 @@ from .dynalaying.claims import claims
 from .dynalaying.judge import judge
 from .dynalaying.tasks import DEQ_WAYS, LAYERS, QUICK, TASKS, Task, deq, dynalay, parts, plain
 from .dynalaying.text import QUICK_TEXTS, TEXTS, VARIANTS, run_text
-from .dynalaying.train import backward_times, fit, forward_cost, percent, predict
+from .dynalaying.train import backward_times, fit, forward_cost, percent, predict, updates_beside
 from .harness import BenchError, Benchmark, Cell, Claim, Settings, Table, register
 
 __all__ = ["DynaLay"]
@@ -74,8 +74,12 @@ class DynaLay(Benchmark):
             arm, task.recipe.deq_epochs / task.recipe.epochs
         )
         found = fit(model, task, data, seed, factor)
-        times = backward_times(model, data["train"])
-        if way is not None:
+        beside: dict[str, Any] = {}
+        if way is None:
+            times = backward_times(model, data["train"])
+        else:
+            times, ours = updates_beside(model, dynalay(task), task.recipe, data)
+            beside = {"dynalay_times": ours}
             trained, model = model, deq(task, way, in_use=True)
             model.load_state_dict(trained.state_dict())
         right = (predict(model, data["test"]).argmax(dim=1) == data["test"].labels).float()
@@ -85,6 +89,7 @@ class DynaLay(Benchmark):
             "test": percent(right),
             "forward": forward_cost(model, data["test"].images[:1]),
             "times": times,
+            **beside,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
 

@@ -234,20 +234,26 @@ def _faster(title: str, runs: Runs, agent: dict[int, float]) -> list[Claim]:
     made = []
     for arm in ("deq-implicit", "deq-phantom", "deq-unrolled"):
         theirs = values(runs, arm, lambda d: d["times"]["backward_s"])
-        ours = values(runs, "dynalay", lambda d: d["times"]["backward_s"])
-        both = sorted(set(theirs) & set(ours))
-        if not both:
-            continue
-        ratios = [theirs[s] / ours[s] for s in both]
         ahead = paired(agent, values(runs, arm, tested))
-        made.append(
-            Claim(
-                f"table 1, backward pass, {title}: against {TITLES[arm]}",
-                f"{spread([1e3 * theirs[s] for s in both], 1)} ms",
-                f"{spread([1e3 * ours[s] for s in both], 1)} ms",
-                f"{spread(ratios, 1)} times as fast, accuracy {spread(ahead)} points ahead",
-                "3 times, equal accuracy",
-                "yes" if min(ratios) >= 3 and mean(ahead) >= 0 else "no",
+        ways = {
+            "as trained, side by side": values(runs, arm, lambda d: d["dynalay_times"]["backward_s"]),
+            "its agent's choices and the implicit gradient": values(
+                runs, "dynalay", lambda d: d["times"]["backward_s"]
+            ),
+        }
+        for way, ours in ways.items():
+            both = sorted(set(theirs) & set(ours))
+            if not both:
+                continue
+            ratios = [theirs[s] / ours[s] for s in both]
+            made.append(
+                Claim(
+                    f"table 1, backward pass, {title}: against {TITLES[arm]}, {way}",
+                    f"{spread([1e3 * theirs[s] for s in both], 1)} ms",
+                    f"{spread([1e3 * ours[s] for s in both], 1)} ms",
+                    f"{spread(ratios, 1)} times as fast, accuracy {spread(ahead)} points ahead",
+                    "3 times, equal accuracy",
+                    "yes" if min(ratios) >= 3 and mean(ahead) >= 0 else "no",
+                )
             )
-        )
     return made

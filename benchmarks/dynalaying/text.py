@@ -121,7 +121,7 @@ def run_text(task: TextTask, variant: str, seed: int) -> dict[str, Any]:
         "settled": found["settled"],
         "curve": curve,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "times": timed(model, lambda: F.cross_entropy(model(tokens), targets), rounds=5),
+        "times": timed([(model, lambda: F.cross_entropy(model(tokens), targets))], rounds=5)[0],
     }
 
 

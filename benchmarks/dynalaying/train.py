@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -20,7 +20,16 @@ from twnn_plugin.selection import Reward, Study, closed_loss, informed_loss, sel
 from ..training.cycle import one_cycle
 from .tasks import LAYERS, Part, Recipe, Task
 
-__all__ = ["backward_times", "fit", "forward_cost", "percent", "predict", "teach", "timed"]
+__all__ = [
+    "backward_times",
+    "fit",
+    "forward_cost",
+    "percent",
+    "predict",
+    "teach",
+    "timed",
+    "updates_beside",
+]
 
 BACKWARD = 2.0
 """Multiply-adds of a backward pass over those of its forward pass: one product each for weights and input."""
@@ -67,15 +76,14 @@ class _Fit:
         optimizer, schedule = one_cycle(self.model, recipe.lr, recipe.weight_decay, total)
         curve = []
         for epoch in range(self.epochs):
-            if self.selection is not None:
-                self.selection.configure(policy=self._exploring(epoch), tol=_UNREACHABLE)
+            self.explore(epoch)
             total = 0.0
             for rows in torch.randperm(len(self.data["train"].labels), generator=self.draw).split(
                 self.recipe.batch
             ):
                 if len(rows) < self.recipe.batch:
                     continue
-                loss = self._loss(self.data["train"].rows(rows))
+                loss = self.loss(self.data["train"].rows(rows))
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -86,16 +94,19 @@ class _Fit:
         self.model.eval()
         return {"curve": curve, "training": round(self.spent), "epochs": self.epochs}
 
-    def _exploring(self, epoch: int) -> Policy:
-        """Nobody while the main model is warmed up, then layers drawn at random."""
-        if epoch < self.warm or self.selection is None:
-            return tw.policy("never")
-        weights = [
-            w for name, w in zip(LAYERS, self.recipe.weights, strict=True) if name in self.selection.iterated
-        ]
-        return tw.policy("random", p=self.recipe.share, weights=weights)
+    def explore(self, epoch: int) -> None:
+        """Nobody iterates while the main model is warmed up; then layers are drawn at random."""
+        if self.selection is None:
+            return
+        policy = tw.policy("never")
+        if epoch >= self.warm:
+            pairs = zip(LAYERS, self.recipe.weights, strict=True)
+            weights = [weight for name, weight in pairs if name in self.selection.iterated]
+            policy = tw.policy("random", p=self.recipe.share, weights=weights)
+        self.selection.configure(policy=policy, tol=_UNREACHABLE)
 
-    def _loss(self, part: Part) -> Tensor:
+    def loss(self, part: Part) -> Tensor:
+        """Of one update."""
         self.model.train()
         if self.selection is None:
             self.spent += (1 + BACKWARD) * self.cost * len(part.labels)
@@ -186,28 +197,71 @@ def teach(policy: Policy, seen: Study, labels: Tensor, recipe: Recipe, beta: flo
 
 def backward_times(model: nn.Module, part: Part, rounds: int = 15, batch: int = 64) -> dict[str, float]:
     """Median seconds of forward and backward passes in training mode, at the network's present settings."""
+
+    def loss(rows: Part) -> Tensor:
+        return F.cross_entropy(model(rows.images), rows.labels)
+
+    return timed([(model, _in_turn(loss, part, batch))], rounds)[0]
+
+
+def updates_beside(
+    model: nn.Module, selecting: nn.Module, recipe: Recipe, data: dict[str, Part], rounds: int = 30
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of the passes of one update, as :func:`fit` makes them; DynaLay's beside a network's.
+
+    DynaLay's take as long untrained: in training, how often a layer is evaluated is drawn.
+
+    Args:
+        model: the other network.
+        selecting: DynaLay, fresh.
+        recipe: DynaLay's.
+        data: the task's parts.
+        rounds: updates of each, in turn.
+    """
+    fitting = _Fit(selecting, recipe, data, seed=0, factor=1.0)
+    fitting.explore(fitting.warm)
+
+    def loss(rows: Part) -> Tensor:
+        return F.cross_entropy(model(rows.images), rows.labels)
+
+    theirs, ours = (_in_turn(each, data["train"], recipe.batch) for each in (loss, fitting.loss))
+    found = timed([(model, theirs), (selecting, ours)], rounds)
+    return found[0], found[1]
+
+
+def _in_turn(loss: Callable[[Part], Tensor], part: Part, batch: int) -> Callable[[], Tensor]:
+    """The loss of one batch after the other."""
     places = itertools.count()
 
-    def loss() -> Tensor:
+    def of_next() -> Tensor:
         at = next(places)
-        rows = torch.arange(at * batch, (at + 1) * batch) % len(part.labels)
-        return F.cross_entropy(model(part.images[rows]), part.labels[rows])
+        return loss(part.rows(torch.arange(at * batch, (at + 1) * batch) % len(part.labels)))
 
-    return timed(model, loss, rounds)
+    return of_next
 
 
-def timed(model: nn.Module, loss: Callable[[], Tensor], rounds: int) -> dict[str, float]:
-    """Median seconds of the passes to a loss and back, in training mode, after three to warm up."""
-    forward, backward = [], []
-    model.train()
+def timed(passes: Sequence[tuple[nn.Module, Callable[[], Tensor]]], rounds: int) -> list[dict[str, float]]:
+    """Median seconds of the passes to a loss and back, in training mode, after three to warm up.
+
+    Args:
+        passes: networks, each with what makes its loss; taken in turn, round by round.
+        rounds: of them.
+    """
+    forward: list[list[float]] = [[] for _ in passes]
+    backward: list[list[float]] = [[] for _ in passes]
+    for model, _ in passes:
+        model.train()
     for _ in range(rounds + 3):
-        begin = time.perf_counter()
-        value = loss()
-        middle = time.perf_counter()
-        value.backward()
-        end = time.perf_counter()
-        model.zero_grad()
-        forward.append(middle - begin)
-        backward.append(end - middle)
-    model.eval()
-    return {"forward_s": median(forward[3:]), "backward_s": median(backward[3:])}
+        for place, (model, loss) in enumerate(passes):
+            begin = time.perf_counter()
+            value = loss()
+            middle = time.perf_counter()
+            value.backward()
+            end = time.perf_counter()
+            model.zero_grad()
+            forward[place].append(middle - begin)
+            backward[place].append(end - middle)
+    for model, _ in passes:
+        model.eval()
+    pairs = zip(forward, backward, strict=True)
+    return [{"forward_s": median(f[3:]), "backward_s": median(b[3:])} for f, b in pairs]
