@@ -31,6 +31,7 @@ from . import (  # noqa: F401  (they register themselves)
     streaming,
     wormholes,
 )
+from .everything import ALL, run_all
 from .harness import REGISTRY, BenchError, Settings, find, run
 from .index import write_index
 
@@ -107,7 +108,7 @@ def main(
     out: Path | None,
     resume: Path | None,
 ) -> None:
-    """Run the benchmark NAME, or make the page of all committed results (NAME 'index').
+    """Run the benchmark NAME, all of them (NAME 'all'), or make the page of all committed results ('index').
 
     Results go into a dated folder in benchmarks/results, or into --out: result.json, table.md, plots.
     """
@@ -120,15 +121,24 @@ def main(
     if name == "index":
         click.echo(write_index())
         return
-    if name not in REGISTRY:
-        known = [*sorted(REGISTRY), "index"]
+    if name not in (*REGISTRY, ALL):
+        known = [*sorted(REGISTRY), ALL, "index"]
         raise BenchError(f"Unknown benchmark {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
     if out is not None and resume is not None:
         raise BenchError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
     if name == "gpu" and context.get_parameter_source("device") == ParameterSource.DEFAULT:
         device = "cuda"
     settings = Settings(device, quick, seeds, threads, only, budget, full)
-    command = shlex.join(["python", "-m", "benchmarks", *_without_folders(sys.argv[1:])])
+    words = _without_folders(sys.argv[1:])
+
+    def command_of(benchmark: str) -> str:
+        return shlex.join(["python", "-m", "benchmarks", *(benchmark if w == ALL else w for w in words)])
+
+    if name == ALL:
+        if resume is not None:
+            raise BenchError("--resume goes on with one run: say which benchmark's, in place of 'all'.")
+        sys.exit(1 if run_all(settings, out, command_of, console) else 0)
+    command = command_of(name)
     run(find(name), settings, out=out, resume=resume, command=command, console=console)
 
 

@@ -19,6 +19,7 @@ _HEAD = """# Benchmarks
 One command for each question; `python -m benchmarks --list` shows them. A run writes `result.json`
 (figures, versions, seeds, command), `table.md` and plots into a dated folder of `results/`; this page is made
 from those files by `python -m benchmarks index`, and a test fails if they disagree.
+`python -m benchmarks all --quick --out FOLDER` runs all of them, small and short, to see that they work.
 
 Ratios are medians over interleaved rounds with their quartiles; above 1 ours is faster; in parentheses, the
 ratio if torchdeq's `simple_fixed_point_iter` counts, which has no stopping rule and is told the right number

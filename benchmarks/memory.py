@@ -33,6 +33,7 @@ QUICK_WAYS = (
     "picard / unrolled",
     "picard / checkpointed",
     "TWNN, implicit",
+    "TWNN, unrolled",
     "DEQ by torchdeq, implicit",
     "Hamiltonian, reversible",
 )

@@ -106,9 +106,10 @@ def claims(cells: list[dict[str, Any]]) -> list[Claim]:
         ),
     ]
     models = series(cells, "models")
-    depths = sorted(models.get("TWNN, implicit", {}))
+    implicit, unfolded = (models.get(name, {}) for name in ("TWNN, implicit", "TWNN, unrolled"))
+    depths = sorted(implicit)
     if depths:
-        one, other = (models[name].get(depths[-1]) for name in ("TWNN, implicit", "TWNN, unrolled"))
+        one, other = implicit[depths[-1]], unfolded.get(depths[-1])
         made.append(
             _ratio(
                 f"peak memory of a training pass, TWNN at {depths[-1]} iterations, implicit over unrolled",

@@ -1,0 +1,66 @@
+"""``python -m benchmarks all``: every benchmark, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .harness import REGISTRY, BenchError, Settings, run
+from .harness.run import load, reason_of
+
+__all__ = ["ALL", "run_all"]
+
+ALL = "all"
+_APART = ("gpu",)  # the same questions over again, within the time that a GPU is lent for
+
+
+def run_all(settings: Settings, out: Path | None, command: Callable[[str], str], console: Console) -> int:
+    """Run every benchmark but ``gpu``, each into a folder of its own.
+
+    One that fails does not lose the others.
+
+    Args:
+        settings: of each of them; ``full`` is left to those that have two scales.
+        out: holds the folders, called as the benchmarks; None: dated ones in ``benchmarks/results``.
+        command: from a benchmark's name to what is recorded as its command.
+        console: where progress and tables go.
+
+    Returns:
+        How many failed, or have failed cells.
+
+    Raises:
+        BenchError: the settings are not for all of them.
+    """
+    if settings.only:
+        raise BenchError("--only chooses among the cells of one benchmark: say which, in place of 'all'.")
+    if settings.device != "cpu":
+        raise BenchError("'all' runs on the CPU. For a GPU there is 'gpu', in one run.")
+    if settings.quick and out is None:
+        raise BenchError("A --quick run is no evidence and does not go into results/: say --out FOLDER.")
+    names = [name for name in sorted(REGISTRY) if name not in _APART]
+    taken = [name for name in names if out is not None and (out / name / "result.json").exists()]
+    if taken:
+        raise BenchError(f"{out} already holds a result of {', '.join(taken)}. Choose another --out.")
+    table = Table("benchmark", "seconds", "cells", "failed", "what went wrong")
+    failed = 0
+    for name in names:
+        begin = time.perf_counter()
+        benchmark = REGISTRY[name]
+        own = replace(settings, full=settings.full and benchmark.scales)
+        try:
+            folder = run(benchmark, own, out=out and out / name, command=command(name), console=console)
+            cells = load(folder)["cells"]
+            wrong = [f"{cell['key']}: {cell['reason']}" for cell in cells if cell["status"] != "ok"]
+            row = (str(len(cells)), str(len(wrong)), "; ".join(wrong))
+        except Exception as error:
+            wrong = [reason_of(error)]
+            row = ("-", "-", wrong[0])
+        failed += bool(wrong)
+        table.add_row(name, f"{time.perf_counter() - begin:.0f}", *row)
+    console.print(table)
+    return failed
