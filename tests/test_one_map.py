@@ -236,6 +236,19 @@ def test_batches_count_in_eval_mode_too_where_nothing_was_tracked():
     assert bool((wormhole.last.status == int(tw.Status.converged)).all())
 
 
+def test_statistics_that_were_taken_away_without_a_word_are_an_error():
+    wormhole = block(nn.BatchNorm2d(6)).eval()
+    norm = wormhole.body[1]
+    with torch.no_grad():
+        wormhole(images())
+        norm.running_mean = norm.running_var = None
+        with pytest.raises(tw.AttachError, match=r"BatchNorm2d .*Set track_running_stats=False, too"):
+            wormhole(images())
+        norm.track_running_stats = False
+        wormhole(images())
+    assert bool((wormhole.last.status == int(tw.Status.converged)).all())
+
+
 def test_spectral_normalisation_does_not_go_on_while_iterating():
     x = images()
     layer = spectral_norm(nn.Conv2d(6, 6, 1))

@@ -97,7 +97,7 @@ class OneMap:
         return any(not norm.track_running_stats and _by_batch(norm) for norm in self.norms)
 
     def untold(self) -> str | None:
-        """The type of a normalisation by batches in eval mode whose flag says otherwise; None: there is none."""
+        """The type of a normalisation by batches whose flag says otherwise; None: there is none."""
         return next((type(norm).__name__ for norm in self.norms if _by_batch(norm)), None)
 
     def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

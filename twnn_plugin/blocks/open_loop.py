@@ -55,8 +55,8 @@ class OpenLoop:
             untold = one_map.untold()
             if untold is not None:
                 raise AttachError(
-                    f"A {untold} of this span has track_running_stats=True but no running statistics, so that "
-                    "it normalises by batches and nothing says so. Set track_running_stats=False, too."
+                    f"A {untold} of this span has track_running_stats=True but no running statistics, so "
+                    "that it normalises by batches and nothing says so. Set track_running_stats=False, too."
                 )
             return out, None
         one_map.open_loop(False)
