@@ -2,7 +2,8 @@
 
 The weights that ship, tested at sizes from those of their training to many times as large, with the
 solver choosing the number of steps; with several ``--seeds`` the models and their baselines are also
-trained and every seed is reported. Pathfinder is trained on contours of 6 dashes, and with ``--full`` of 14.
+trained and every seed is reported. Pathfinder is trained on contours of 6 dashes, and with ``--full`` of
+14, at 32 and at 64 pixels.
 """
 
 from __future__ import annotations
@@ -26,16 +27,27 @@ TASK = {"prefix": "prefix_sums", "maze": "mazes", "pathfinder": "pathfinder"}
 RETRAINED = {
     "prefix": {32: 1000, 44: 1000, 128: 1000, 512: 1000},
     "maze": {9: 1000, 13: 1000, 33: 200, 59: 40},
-    "pathfinder": {6: 4000},
 }
+KINDS = ("twnn", "ff", "rnn", "deq")
 SMALLER: dict[str, Any] = {"size": 6, "easier": (2, 3, 4, 5), "graded": (10, 16), "updates": 2500}
 """Pathfinder at a size that a small machine trains in minutes; the recipe's own takes about an hour."""
-FULL = {"pathfinder": {6: 4000, 9: 4000, 14: 4000}}
-KINDS = {
-    "prefix": ("twnn", "ff", "rnn", "deq"),
-    "maze": ("twnn", "ff", "rnn", "deq"),
-    "pathfinder": ("twnn", "ff"),
+LONG = {6: 4000, 9: 4000, 14: 4000}
+CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
+    "twnn_pathfinder/6": ("twnn_pathfinder", SMALLER, {6: 4000}),
+    "ff_pathfinder/6": ("ff_pathfinder", SMALLER, {6: 4000}),
+    "twnn_pathfinder/14": ("twnn_pathfinder", {}, LONG),
+    "ff_pathfinder/14": ("ff_pathfinder", {}, LONG),
+    "twnn_pathfinder/64px": ("twnn_pathfinder", {"pixels": 64, "graded": (36, 56)}, LONG),
+    "ff_pathfinder/64px": ("ff_pathfinder", {"pixels": 64}, LONG),
+    "ff_pathfinder/64px, halved twice": (
+        "ff_pathfinder",
+        {"pixels": 64, "model_kwargs": {"downsample": 2}},
+        LONG,
+    ),
 }
+"""Pathfinder by variant: the model, what is changed in its recipe, and examples by length; those of 6 dashes
+are trained without ``--full``, too. At 64 pixels the feed-forward net sees contours of 14 dashes from end to
+end only if the image is halved twice."""
 
 
 class Reasoning(Benchmark):
@@ -84,14 +96,12 @@ class Reasoning(Benchmark):
         """Trainings: with several seeds, or a few updates each when quick."""
         if len(settings.seeds) < 2 and not settings.quick:
             return []
+        contours = [name for name in CONTOURS if settings.full or name.endswith("/6")]
+        names = [f"{kind}_{task}" for task in RETRAINED for kind in KINDS] + contours
         return [
-            Cell(
-                f"train/{kind}_{task}/seed{seed}",
-                {"kind": "retrained", "model": f"{kind}_{task}", "seed": seed},
-            )
+            Cell(f"train/{name}/seed{seed}", {"kind": "retrained", "model": name, "seed": seed})
             for seed in settings.seeds
-            for task, kinds in KINDS.items()
-            for kind in kinds
+            for name in names
         ]
 
     def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
@@ -100,13 +110,13 @@ class Reasoning(Benchmark):
             amp = o.get("precision", "float32") != "float32"
             return measure.shipped(o["model"], o["size"], o["count"], o["seed"], settings.device, amp)
         if o["kind"] == "dynamics":
-            return measure.dynamics(o["model"], o["size"], o["count"], o["most"], o["seed"])
-        kind = o["model"].partition("_")[2]
-        sizes = {**RETRAINED, **FULL}[kind] if settings.full else RETRAINED[kind]
+            return measure.dynamics(o["model"], o["size"], o["count"], o["most"], o["seed"], settings.device)
+        plain = (o["model"], {}, RETRAINED.get(o["model"].partition("_")[2], {}))
+        model, changes, sizes = CONTOURS.get(o["model"], plain)
         if settings.quick:
             sizes = {min(sizes): 20}
-        changes = SMALLER if kind == "pathfinder" and not settings.full else None
-        return measure.retrained(o["model"], sizes, o["seed"], 3 if settings.quick else None, changes)
+        updates = 3 if settings.quick else None
+        return measure.retrained(model, sizes, o["seed"], updates, changes, settings.device)
 
     def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
         found = [tables.shipped_table(cells), tables.dynamics_table(cells), tables.retrained_table(cells)]

@@ -46,6 +46,42 @@ def test_maze_recipes_run(model):
     assert all(torch.isfinite(torch.tensor(trained.losses)))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    "model, changes",
+    [
+        ("twnn_prefix", {"buffer": 16, "drop": 0.2, "jacobian_from": 0.0}),
+        ("rnn_prefix", {}),
+        ("deq_prefix", {}),
+        ("twnn_maze", {"size": 5, "select": 2, "graded": (2, 3)}),
+        ("twnn_pathfinder", {"size": 3, "easier": (2,), "pixels": 64}),
+    ],
+)
+def test_training_on_a_gpu(model, changes):
+    recipe = recipe_for(model, **{**FEW, "updates": 4, **changes})
+    trained = train_task(recipe, device="cuda")
+    assert next(trained.model.parameters()).is_cuda
+    assert all(torch.isfinite(torch.tensor(trained.losses)))
+    found = score(trained.model, recipe.find_task().draw(recipe.size, 8, 0, "val"))
+    assert found.right.device.type == "cpu" and len(found.steps) == 8
+    states = []
+    train_task(recipe, device="cuda", save=states.append, save_every=2)
+    resumed = train_task(recipe, device="cuda", state=states[0])
+    assert resumed.losses[:2] == trained.losses[:2] and len(resumed.losses) == 4
+
+
+def test_images_of_another_resolution():
+    recipe = recipe_for("twnn_pathfinder", updates=1, batch_size=4, size=3, easier=(2,), pixels=64)
+    assert recipe.find_task().draw(3, 2, 0, "val").inputs.shape == (2, 1, 64, 64)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+    assert len(train_task(recipe).losses) == 1
+    for pixels, said in ((16, "at least 32|32 to 1024"), (True, "whole number")):
+        with pytest.raises(ConfigError, match=said):
+            train_task(replace(recipe, pixels=pixels))
+    with pytest.raises(ConfigError, match="mazes has no images of a chosen resolution; got pixels=48"):
+        recipe_for("twnn_maze", pixels=48)
+
+
 def test_learning_goes_down():
     trained = train_task(recipe_for("twnn_prefix", updates=60, batch_size=32, size=8, lr=5e-3, warmup=5))
     first, last = (sum(part) / 15 for part in (trained.losses[:15], trained.losses[-15:]))
@@ -190,7 +226,13 @@ def test_pathfinder_is_trained_like_images(tmp_path, monkeypatch):
     flags = ("--epochs", 1, "--batch-size", 16, "--contour-length", 6, "--device", "cpu", "--output", output)
     result = twnn("train", "--model", "twnn_pathfinder", *flags)
     assert result.exit_code == 0, result.output
-    result = twnn("eval", "--checkpoint", output / "best.pth.tar", "--contour-length", 6, "--samples", 40)
+    seen = ("eval", "--checkpoint", output / "best.pth.tar", "--contour-length", 6, "--samples", 40)
+    file = tmp_path / "figures.json"
+    larger = twnn(*seen, "--img-size", 64, "--amp", "--device", "cpu", "--json", file)
+    assert larger.exit_code == 0, larger.output
+    figures = json.loads(file.read_text())
+    assert figures["img_size"] == 64 and figures["amp"] is True and figures["device"] == "cpu"
+    result = twnn(*seen)
     assert result.exit_code == 0, result.output
     assert "pathfinder, 6 dashes" in result.stdout
 
@@ -210,6 +252,10 @@ def test_pathfinder_is_trained_like_images(tmp_path, monkeypatch):
         (("eval", "--model", "cnn3", "--bits", 9), "--bits is for"),
         (("eval", "--model", "twnn_maze", "--bits", 9), "--bits is for prefix_sums"),
         (("eval", "--model", "twnn_prefix", "--solver", "picrad"), "Did you mean 'picard'"),
+        (("eval", "--model", "twnn_prefix", "--no-latency"), "--no-latency does not apply to twnn_prefix"),
+        (("eval", "--model", "twnn_prefix", "--workers", 2), "--workers does not apply"),
+        (("eval", "--model", "twnn_prefix", "--device", "cuda:99"), "'cuda:99' cannot be used here"),
+        (("train", "--model", "ff_prefix", "--device", "gpu", "--output", "{tmp}/d"), "cannot be used here"),
         (("eval", "--model", "twnn_prefix", "--checkpoint", "{tmp}/none"), "none"),
         (("eval", "--model", "twnn_prefix", "--data-dir", "{tmp}"), "len_32"),
     ],

@@ -262,6 +262,17 @@ def evaluate(**options: Any) -> None:
         _print_table("Without retraining, by what iterating costs", *sweep_rows(figures))
 
 
+_NOT_FOR_TASKS: dict[str, Any] = {
+    "policy": None,
+    "cost_weights": None,
+    "workers": 0,
+    "latency": True,
+    "use_ema": True,
+    "dataset_download": False,
+}
+"""Options of ``twnn eval`` that reasoning models have no use for, and what they are when not given."""
+
+
 def _evaluate(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sequence[Sequence[str]]]:
     """Title, figures and rows of a table, by the kind of model."""
     from .evalrun import evaluate_from_options, figure_rows
@@ -275,9 +286,10 @@ def _evaluate(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sequence[Se
     if name is not None and task_of_model(name) is not None:
         from .tasks.run import evaluate_task, score_rows
 
-        for option in ("policy", "cost_weights"):
-            if options[option] is not None:
-                raise ConfigError(f"--{option.replace('_', '-')} does not apply to {name}.")
+        for option, unset in _NOT_FOR_TASKS.items():
+            if options[option] != unset:
+                no = "no-" if unset is True else ""
+                raise ConfigError(f"--{no}{option.replace('_', '-')} does not apply to {name}.")
         title, figures = evaluate_task({**options, "model": name}, _console())
         return title, figures, score_rows(figures)
     refuse_task_options(options, name, TASK_OPTIONS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +24,9 @@ def shipped(
     """The weights that ship, on held-out examples of one size; ``amp``: under bfloat16 autocast."""
     net, _ = load_model(model)
     examples = _task(model).draw(size, count, seed, "test")
-    there = replace(examples, inputs=examples.inputs.to(device), targets=examples.targets.to(device))
     begin = time.process_time()
     with torch.autocast(device, torch.bfloat16, enabled=amp):
-        found = score(net.to(device), there, _batch(examples))
-    found = replace(
-        found, **{name: v.cpu() for name, v in vars(found).items() if isinstance(v, torch.Tensor)}
-    )
+        found = score(net.to(device), examples, _batch(examples))
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
         "cpu_seconds": round(time.process_time() - begin, 2),
@@ -41,9 +36,10 @@ def shipped(
     }
 
 
-def dynamics(model: str, size: int, count: int, most: int, seed: int) -> dict[str, Any]:
+def dynamics(model: str, size: int, count: int, most: int, seed: int, device: str = "cpu") -> dict[str, Any]:
     """Accuracy against iterations, and asymptotic alignment, of the weights that ship."""
-    net, _ = load_model(model)
+    loaded, _ = load_model(model)
+    net = loaded.to(device)
     assert isinstance(net, ReasoningNet)
     examples = _task(model).draw(size, count, seed, "test")
     right, change = curve(net, examples, most)
@@ -59,7 +55,12 @@ def dynamics(model: str, size: int, count: int, most: int, seed: int) -> dict[st
 
 
 def retrained(
-    model: str, sizes: dict[int, int], seed: int, updates: int | None, changes: dict[str, Any] | None = None
+    model: str,
+    sizes: dict[int, int],
+    seed: int,
+    updates: int | None,
+    changes: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """A model trained by its recipe with one seed, then tested at several sizes.
 
@@ -69,20 +70,22 @@ def retrained(
         seed: of the training.
         updates: in place of the recipe's.
         changes: other settings in place of the recipe's.
+        device: where it is trained and tested.
     """
     changes = {**(changes or {}), **({} if updates is None else {"updates": updates})}
     recipe = recipe_for(model, seed=seed, **changes)
-    begin = time.process_time()
-    trained = train_task(recipe)
-    seconds = time.process_time() - begin
+    begin, there = time.process_time(), time.perf_counter()
+    trained = train_task(recipe, device=device)
+    seconds, wall = time.process_time() - begin, time.perf_counter() - there
     tested = {}
     for size, count in sizes.items():
-        examples = _task(model).draw(size, count, 1000, "test")
+        examples = recipe.find_task().draw(size, count, 1000, "test")
         tested[str(size)] = score(trained.model, examples, _batch(examples)).figures()
     return {
         "recipe": recipe.as_dict(),
         "parameters": sum(p.numel() for p in trained.model.parameters()),
         "cpu_seconds": round(seconds, 1),
+        "seconds": round(wall, 1),
         "last_loss": float(torch.tensor(trained.losses[-50:]).mean()),
         "tested": tested,
     }

@@ -220,14 +220,19 @@ def _rank_claims(cells: list[Record]) -> list[Claim]:
 
 def _seed_claims(cells: list[Record]) -> list[Claim]:
     lines = []
-    for size in (6, 9, 14):
-        ours, theirs = (_seeds(cells, f"{kind}_pathfinder", size) for kind in ("twnn", "ff"))
+    for trained, size in ((t, s) for t in ("6", "14", "64px") for s in (6, 9, 14)):
+        ours = _seeds(cells, f"twnn_pathfinder/{trained}", size)
+        nets = [_seeds(cells, f"ff_pathfinder/{trained}{more}", size) for more in ("", ", halved twice")]
+        theirs = max((found for found in nets if found), key=statistics.median, default=[])
         if not (ours and theirs):
             continue
         ahead = 100 * (statistics.median(ours) - statistics.median(theirs))
+        what = (
+            "64 pixels, contours of up to 14 dashes" if trained == "64px" else f"contours of {trained} dashes"
+        )
         lines.append(
             Claim(
-                f"Pathfinder at length {size}, against a feed-forward net of equal size",
+                f"Pathfinder at length {size}, trained on {what}, against the best feed-forward net",
                 _spread(theirs),
                 _spread(ours),
                 f"{ahead:+.1f} points, {len(ours)} seed(s)",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,6 +44,16 @@ class Task:
     tested: tuple[int, ...]
     models: str
     measures: dict[str, str]
+
+    def painted(self, pixels: int) -> Task:
+        """The task with images of another resolution.
+
+        Raises:
+            ConfigError: what it draws has none.
+        """
+        if self.draw is not pathfinder:
+            raise ConfigError(f"{self.name} has no images of a chosen resolution; got pixels={pixels!r}.")
+        return replace(self, draw=partial(pathfinder, pixels=pixels))
 
 
 TASKS = {

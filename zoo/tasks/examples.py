@@ -45,6 +45,10 @@ class Examples:
             {name: value[rows] for name, value in self.difficulty.items()},
         )
 
+    def to(self, device: torch.device | str) -> Examples:
+        """Inputs and targets on a device; the difficulties stay."""
+        return Examples(self.inputs.to(device), self.targets.to(device), self.difficulty)
+
 
 def joined(first: Examples, second: Examples) -> Examples:
     """The examples of both, which have the same shapes and difficulties."""

@@ -9,7 +9,7 @@ from typing import Any
 from twnn_plugin.errors import nearest
 
 from ..errors import ConfigError
-from .catalog import TASKS, find_task, task_of_model
+from .catalog import TASKS, Task, find_task, task_of_model
 
 __all__ = ["METHODS", "RECIPES", "Recipe", "recipe_for"]
 
@@ -48,6 +48,7 @@ class Recipe:
         fresh: share of the buffer that is started anew at each use.
         easier: smaller sizes, ascending, that are trained on first; see :class:`~zoo.tasks.catalog.Growing`.
             For inputs of one shape (pathfinder). ``graded`` shrinks with the size (unrolled).
+        pixels: height and width of the images (pathfinder); None: the task's own.
         select: updates between looks at validation examples of the same size; the weights that were right
             most often, the latest of equals, are the result. 0: the last ones are.
         seed: of everything random.
@@ -74,12 +75,13 @@ class Recipe:
     buffer: int = 0
     fresh: float = 0.04
     easier: tuple[int, ...] = ()
+    pixels: int | None = None
     select: int = 0
     seed: int = 0
     model_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        find_task(self.task)
+        self.find_task()
         if self.method not in METHODS:
             raise ConfigError(
                 f"Unknown method {self.method!r}.{nearest(self.method, METHODS)} There are {METHODS}."
@@ -109,6 +111,15 @@ class Recipe:
         self._require("batch_size", not self.easier or self.batch_size >= 2, "at least 2 with easier sizes")
         if self.buffer and self.method != "phantom":
             raise ConfigError(f"Only the method 'phantom' keeps states; got buffer={self.buffer}.")
+
+    def find_task(self) -> Task:
+        """The task that is trained on.
+
+        Raises:
+            ConfigError: there is none of this name, or its inputs have no ``pixels`` to choose.
+        """
+        task = find_task(self.task)
+        return task if self.pixels is None else task.painted(self.pixels)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -20,7 +20,9 @@ import twnn_plugin as tw
 
 from ..checkpoint import LAST, load_checkpoint, read_weights, save_checkpoint
 from ..data import DataSplits
+from ..distributed import pick_device
 from ..errors import CheckpointError, ConfigError
+from ..evaluate import autocast
 from ..models.reasoning import WEIGHTS
 from ..progress import Bar
 from ..runlog import METRICS, prepare_folder
@@ -106,7 +108,8 @@ def train_from_options(options: Mapping[str, Any], given: Mapping[str, Any], con
 
     if state is not None and state["data"] != _digest(data):
         raise ConfigError("The interrupted run had other examples: resume it with the same --data-dir.")
-    trained = train_task(recipe, data=data, console=console, state=state, save=save)
+    device = pick_device(options["device"])
+    trained = train_task(recipe, data=data, console=console, state=state, save=save, device=device)
     return _write(trained, recipe, task, output)
 
 
@@ -177,15 +180,13 @@ def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the recipe, from options of ``twnn train``; refuses those that would do nothing."""
     names = {"clip_grad": "clip", "model_ema_decay": "ema"}
     direct = ("model_kwargs", "batch_size", "lr", "seed", "updates", "method")
-    elsewhere = ("model", "dataset", "output", "resume", "data_dir", *SIZES.values())
+    elsewhere = ("model", "dataset", "output", "resume", "data_dir", "device", *SIZES.values())
     changes: dict[str, Any] = {}
     for name, value in given.items():
         if name in direct or name in names:
             changes[names.get(name, name)] = value
         elif name == "epochs":
             raise ConfigError("Examples are drawn without end: say --updates instead of --epochs.")
-        elif name == "device" and value == "cpu":
-            continue
         elif name not in elsewhere:
             raise ConfigError(
                 f"--{name.replace('_', '-')} is no setting of a training on generated examples; those "
@@ -257,7 +258,11 @@ def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str,
     if options["img_size"] is not None and task.name != "pathfinder":
         raise ConfigError(f"--img-size does not apply; say --{SIZES[task.name].replace('_', '-')}.")
     size = task_size(task, options, task.trained)
+    if options["img_size"] is not None:
+        task = task.painted(options["img_size"])
+    device = pick_device(options["device"])
     model, source = load_model(name, options["checkpoint"], options["model_kwargs"])
+    model = model.to(device)
     solve = {key: options[key] for key in SOLVE_OPTIONS if options[key] is not None}
     if solve:
         tw.configure(model, **solve)
@@ -269,7 +274,7 @@ def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str,
         examples = task.draw(size, count, options["seed"] or 0, split)
     pixels = examples.inputs[0].numel()
     batch = max(1, min(options["batch_size"], _PIXELS_AT_A_TIME // pixels))
-    with Bar(console, "evaluating", len(examples)) as bar:
+    with Bar(console, "evaluating", len(examples)) as bar, autocast(device, options["amp"]):
         figures = score(model, examples, batch, bar.advance).figures()
     about = {
         "model": name,
@@ -280,6 +285,9 @@ def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str,
         "split": split,
         "seed": options["seed"] or 0,
         "data": options["data_dir"] or "generated",
+        "device": str(device),
+        **({"img_size": options["img_size"]} if options["img_size"] is not None else {}),
+        **({"amp": True} if options["amp"] else {}),
         **solve,
     }
     return f"{name} ({source}) on {task.name}, {size} {task.size} ({split})", {**about, **figures}

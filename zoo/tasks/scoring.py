@@ -80,8 +80,8 @@ def score(
     """Run a model in eval mode over a set; its mode is put back.
 
     Args:
-        model: maps inputs to logits (B, 2, ...).
-        examples: at least one.
+        model: maps inputs to logits (B, 2, ...), on any device.
+        examples: at least one, on any device.
         batch_size: rows at a time.
         advance: called with the number of rows done after each batch.
     """
@@ -90,19 +90,24 @@ def score(
     parts: list[tuple[Tensor, ...]] = []
     try:
         for first in range(0, len(examples), batch_size):
-            batch = examples[slice(first, first + batch_size)]
+            batch = examples[slice(first, first + batch_size)].to(_device(model))
             answers, steps, status = predict(model, batch.inputs)
             same = (
                 (answers == batch.targets).flatten(1)
                 if answers.dim() > 1
                 else (answers == batch.targets)[:, None]
             )
+            same = same.cpu()
             parts.append((same.all(dim=1), same.float().mean(dim=1), steps, status))
             if advance is not None:
                 advance(len(batch))
     finally:
         model.train(mode)
     return Score(*(torch.cat(column) for column in zip(*parts, strict=True)), difficulty=examples.difficulty)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def rank_correlations(found: Score) -> dict[str, float | None]:
@@ -121,6 +126,7 @@ def curve(model: ReasoningNet, examples: Examples, most: int) -> tuple[list[floa
     Plain iteration without a stopping rule: accuracy against iterations.
     """
     model.eval()
+    examples = examples.to(_device(model))
     x = model.inject(examples.inputs)
     z = model.blank(x)
     right, change = [], []
@@ -150,7 +156,7 @@ def alignment(model: ReasoningNet, examples: Examples, most: int, tol: float = 1
         ``cosine``, and ``answers``: the share of examples whose answers are the same.
     """
     model.eval()
-    x = model.inject(examples.inputs)
+    x = model.inject(examples.inputs.to(_device(model)))
     ended = _settle(model, model.blank(x), x, most, tol)
     other = _settle(model, ended.roll(1, dims=0), x, most, tol)
     cosine = torch.cosine_similarity(ended.flatten(1).double(), other.flatten(1).double(), dim=1)

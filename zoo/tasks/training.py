@@ -24,7 +24,7 @@ from ..errors import ConfigError, TrainingError
 from ..interrupt import Interruption
 from ..models.reasoning import Iterated
 from ..progress import Bar
-from .catalog import Growing, Task, find_task, passes, stream
+from .catalog import Growing, Task, passes, stream
 from .examples import Examples
 from .recipe import Recipe
 from .scoring import score
@@ -61,6 +61,7 @@ def train_task(
     state: Mapping[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] | None = None,
     save_every: int = 200,
+    device: torch.device | str = "cpu",
 ) -> Trained:
     """Train ``recipe.model``; the same recipe gives the same weights on the same machine.
 
@@ -75,13 +76,14 @@ def train_task(
             to the same weights, to the bit.
         save: called with the state, plain values and tensors, every ``save_every`` updates and on Ctrl-C.
         save_every: updates.
+        device: where it is trained; examples are drawn on the CPU.
 
     Raises:
         ConfigError: the method does not suit the model.
         TrainingError: the loss is not finite any more.
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
-    run = _Training(recipe, data)
+    run = _Training(recipe, data, torch.device(device))
     if state is not None:
         run.load(state)
     with Bar(console, f"training {recipe.model}", recipe.updates) as bar, ExitStack() as stack:
@@ -103,16 +105,16 @@ def train_task(
 class _Training:
     """A training between two updates."""
 
-    def __init__(self, recipe: Recipe, data: Examples | None):
+    def __init__(self, recipe: Recipe, data: Examples | None, device: torch.device):
         torch.manual_seed(recipe.seed)
-        self.recipe, self.done, self.seconds = recipe, 0, 0.0
-        task = find_task(recipe.task)
-        self.model = timm.create_model(recipe.model, **recipe.model_kwargs).train()
+        self.recipe, self.done, self.seconds, self.device = recipe, 0, 0.0, device
+        task = recipe.find_task()
+        self.model = timm.create_model(recipe.model, **recipe.model_kwargs).to(device).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.lr, betas=_BETAS, weight_decay=0.0
         )
-        self.batches = _batches(recipe, task, data)
+        self.batches = _Batches(_batches(recipe, task, data), device)
         self.random = np.random.default_rng([recipe.seed, 4])
         self.objective = _objective(recipe, self.model, self.batches, self.random)
         self.losses: list[float] = []
@@ -154,7 +156,7 @@ class _Training:
             "state_dict_ema": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "losses": list(self.losses),
-            "rng": rng_state(torch.device("cpu")),
+            "rng": rng_state(self.device),
             "random": json.dumps(self.random.bit_generator.state),
             "kept": [list(item) for item in kept],
             "best": None if best is None else {"right": best.right, "weights": dict(best.weights)},
@@ -174,14 +176,14 @@ class _Training:
         self.model.load_state_dict(state["state_dict"])
         self.averaged.load_state_dict(state["state_dict_ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for _ in range(self.done):  # each update takes one batch
-            next(self.batches)
+        self.batches.skip(self.done)  # each update takes one
         if isinstance(self.objective, _Phantom):
-            self.objective.kept = [(item[0], item[1], item[2]) for item in state["kept"]]
+            moved = [[tensor.to(self.device) for tensor in item] for item in state["kept"]]
+            self.objective.kept = [(item[0], item[1], item[2]) for item in moved]
         if self.best is not None:
             self.best.right, self.best.weights = state["best"]["right"], dict(state["best"]["weights"])
         self.random.bit_generator.state = json.loads(state["random"])
-        restore_rng(state["rng"], torch.device("cpu"))
+        restore_rng(state["rng"], self.device)
 
 
 def _batches(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examples]:
@@ -193,6 +195,31 @@ def _batches(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Exam
         sizes = (*recipe.easier, recipe.size)
         return Growing(task, sizes, recipe.updates, recipe.batch_size, recipe.seed)
     return stream(task, recipe.size, recipe.batch_size, recipe.seed)
+
+
+class _Batches:
+    """Training batches on the device that they are trained on.
+
+    Args:
+        source: draws them, on the CPU.
+        device: where they go.
+    """
+
+    def __init__(self, source: Iterator[Examples], device: torch.device):
+        self.source, self.device = source, device
+
+    def __next__(self) -> Examples:
+        return next(self.source).to(self.device)
+
+    @property
+    def size(self) -> int | None:
+        """The size of the last batch, where they grow; None where they do not."""
+        return self.source.size if isinstance(self.source, Growing) else None
+
+    def skip(self, count: int) -> None:
+        """Go past some."""
+        for _ in range(count):
+            next(self.source)
 
 
 class _Best:
@@ -221,7 +248,7 @@ def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _objective(
-    recipe: Recipe, model: nn.Module, batches: Iterator[Examples], random: np.random.Generator
+    recipe: Recipe, model: nn.Module, batches: _Batches, random: np.random.Generator
 ) -> Callable[[int], Tensor]:
     """The loss of an update, by the recipe's method."""
     from twnn_plugin.errors import OptionError
@@ -257,11 +284,9 @@ def _run(model: Iterated, z: Tensor, x: Tensor, steps: int, drop: float = 0.0) -
     return z
 
 
-def _unrolled(
-    recipe: Recipe, model: Iterated, batches: Iterator[Examples], random: np.random.Generator
-) -> Tensor:
+def _unrolled(recipe: Recipe, model: Iterated, batches: _Batches, random: np.random.Generator) -> Tensor:
     batch, bounds = next(batches), recipe.graded
-    if isinstance(batches, Growing):  # a contour's ends count, too, so that the shortest still take a few
+    if batches.size is not None:  # a contour's ends count, too, so that the shortest still take a few
         share = (batches.size + _ENDS) / (recipe.size + _ENDS)
         bounds = (max(1, round(share * bounds[0])), max(1, round(share * bounds[1])))
     x = model.inject(batch.inputs)
@@ -273,7 +298,7 @@ def _progressive(recipe: Recipe, model: Iterated, batch: Examples, random: np.ra
     """Bansal et al. (2022), algorithm 1."""
     x = model.inject(batch.inputs)
     most = recipe.graded[1]
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=x.device)
     if recipe.alpha < 1:
         z = _run(model, model.blank(x), x, most, recipe.drop)
         loss = (1 - recipe.alpha) * F.cross_entropy(model.read(z, x), batch.targets)
@@ -289,9 +314,7 @@ def _progressive(recipe: Recipe, model: Iterated, batch: Examples, random: np.ra
 class _Phantom:
     """Free steps from noise, zero or kept states, then a few steps with gradient."""
 
-    def __init__(
-        self, recipe: Recipe, model: Iterated, batches: Iterator[Examples], random: np.random.Generator
-    ):
+    def __init__(self, recipe: Recipe, model: Iterated, batches: _Batches, random: np.random.Generator):
         self.recipe, self.model, self.batches, self.random = recipe, model, batches, random
         self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -303,7 +326,7 @@ class _Phantom:
             z = self._fresh(x)
         with torch.no_grad():
             z = _run(model, z, x, _draw(self.random, recipe.free), recipe.drop)
-        penalty = torch.zeros(())
+        penalty = torch.zeros((), device=x.device)
         if recipe.jacobian and update >= recipe.jacobian_from * recipe.updates:
             penalty = recipe.jacobian * jacobian_frobenius(model.step, z, x.detach())
         z = _run(model, z, x, _draw(self.random, recipe.graded), recipe.drop)
@@ -314,7 +337,8 @@ class _Phantom:
     def _fresh(self, x: Tensor) -> Tensor:
         """Zero, or noise of random scale in some rows."""
         z = self.model.blank(x)
-        rows = (torch.rand(len(z)) < self.recipe.noise).float() * torch.rand(len(z))
+        chosen = torch.rand(len(z), device=z.device) < self.recipe.noise
+        rows = chosen.float() * torch.rand(len(z), device=z.device)
         return z + torch.randn_like(z) * rows.view(-1, 1, 1, 1)
 
     def _start(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -323,7 +347,7 @@ class _Phantom:
         if len(self.kept) * recipe.batch_size < recipe.buffer or not recipe.buffer:
             return new.inputs, new.targets, None
         inputs, targets, z = self.kept.pop(0)
-        again = torch.rand(len(z)) < recipe.fresh
+        again = torch.rand(len(z), device=z.device) < recipe.fresh
         rows = again.view(-1, 1, 1, 1)
         with torch.no_grad():
             fresh = self._fresh(self.model.inject(new.inputs))
