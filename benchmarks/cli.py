@@ -85,7 +85,9 @@ def _seeds(context: click.Context, option: click.Parameter, value: str) -> tuple
 @click.option(
     "--budget", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="Times more timing."
 )
-@click.option("--full", is_flag=True, help="models: all images at their own size, the whole training.")
+@click.option(
+    "--full", is_flag=True, help="models: all images, the whole training. reasoning: long contours, too."
+)
 @click.option("--only", multiple=True, help="Cells whose key contains this; may be repeated.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
 @click.option(

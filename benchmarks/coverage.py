@@ -30,6 +30,7 @@ class Coverage(Benchmark):
     question = (
         "Which of timm's architectures take a wormhole from the last stage to the second, and which do not?"
     )
+    cpu_only = "looks at dataflow, not at speed"
 
     def cells(self, settings: Settings) -> list[Cell]:
         found = architectures()

@@ -23,7 +23,7 @@ from .dynalaying.judge import judge
 from .dynalaying.tasks import DEQ_WAYS, LAYERS, QUICK, TASKS, Task, deq, dynalay, parts, plain
 from .dynalaying.text import QUICK_TEXTS, TEXTS, VARIANTS, run_text
 from .dynalaying.train import backward_times, fit, forward_cost, percent, predict, updates_beside
-from .harness import BenchError, Benchmark, Cell, Claim, Settings, Table, register
+from .harness import Benchmark, Cell, Claim, Settings, Table, register
 
 __all__ = ["DynaLay"]
 
@@ -37,6 +37,7 @@ class DynaLay(Benchmark):
     question = (
         "Is an agent that picks, per sample, which layers are iterated worth its while, and at which cost?"
     )
+    cpu_only = "trains tiny networks, for which a GPU has nothing to do"
 
     def cells(self, settings: Settings) -> list[Cell]:
         tasks = QUICK if settings.quick else _present(TASKS)
@@ -48,10 +49,6 @@ class DynaLay(Benchmark):
             for seed in settings.seeds
             for arm in arms
         ]
-
-    def check(self, settings: Settings) -> None:
-        if settings.device != "cpu":
-            raise BenchError("dynalay trains tiny networks on a CPU; there is nothing for a GPU to do.")
 
     def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
         arm, seed = cell.options["arm"], cell.options["seed"]

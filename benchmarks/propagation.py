@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .harness import BenchError, Benchmark, Cell, Claim, Settings, Table, register
+from .harness import Benchmark, Cell, Claim, Settings, Table, register
 from .propagating import pictures, report
 from .propagating.learn import learn, smoothing
 from .propagating.phase import figure2, figure3
@@ -31,6 +31,7 @@ class Propagation(Benchmark):
 
     name = "propagation"
     question = "Which residual layers keep signals apart and bounded, and can be trained a thousand deep?"
+    cpu_only = "trains tiny networks, for which a GPU has nothing to do"
 
     def cells(self, settings: Settings) -> list[Cell]:
         depths = QUICK_DEPTHS if settings.quick else DEPTHS
@@ -51,10 +52,6 @@ class Propagation(Benchmark):
             for net in (("hamiltonian",) if settings.quick else ("antisymmetric", "hamiltonian"))
         ]
         return cells
-
-    def check(self, settings: Settings) -> None:
-        if settings.device != "cpu":
-            raise BenchError("These networks are too small for a GPU: run propagation with --device cpu.")
 
     def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
         options = cell.options

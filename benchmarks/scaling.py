@@ -41,6 +41,7 @@ class Scaling(Benchmark):
 
     name = "scaling"
     question = "What does adaptive depth lose to stragglers over many processes, and what gets it back?"
+    cpu_only = "simulates many processes from steps that were counted on the CPU"
 
     def cells(self, settings: Settings) -> list[Cell]:
         return [

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .harness import BenchError, Benchmark, Cell, Claim, Settings, Table, register
+from .harness import Benchmark, Cell, Claim, Settings, Table, register
 from .training import pictures, report
 from .training.judge import judge_plain, judge_wormhole
 from .training.loop import fit, forward_cost
@@ -27,6 +27,7 @@ class Wormholes(Benchmark):
     question = (
         "What does a wormhole buy in accuracy, at which cost, against longer, wider and deeper networks?"
     )
+    cpu_only = "trains tiny networks, for which a GPU has nothing to do"
 
     def cells(self, settings: Settings) -> list[Cell]:
         tasks = QUICK if settings.quick else TASKS
@@ -52,10 +53,6 @@ class Wormholes(Benchmark):
         if arm.opening is None:
             return {**data, **judge_plain(model, made)}
         return {**data, **judge_wormhole(model, arm.opening, made, cost)}
-
-    def check(self, settings: Settings) -> None:
-        if settings.device != "cpu":
-            raise BenchError("wormholes trains tiny networks on a CPU; there is nothing for a GPU to do.")
 
     def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
         return report.tables(cells)

@@ -109,3 +109,10 @@ def test_what_all_cannot_do_is_one_line(arguments, said, capsys):
     assert error.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and said in lines[0]
+
+
+@pytest.mark.parametrize("name", sorted(name for name, b in REGISTRY.items() if b.cpu_only))
+def test_a_device_that_would_be_ignored_is_refused(name, tmp_path):
+    with pytest.raises(BenchError, match=f"{name} .*leave --device away"):
+        run(REGISTRY[name], Settings(device="cuda", quick=True), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

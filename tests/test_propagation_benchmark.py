@@ -7,7 +7,7 @@ import torch
 
 import twnn_plugin as tw
 from benchmarks import propagation  # noqa: F401  (it registers itself)
-from benchmarks.harness import BenchError, Settings, find, run
+from benchmarks.harness import Settings, find, run
 from benchmarks.harness.run import load
 from benchmarks.propagating.fused import propagate
 from benchmarks.propagating.learn import GRID, regions
@@ -168,11 +168,6 @@ def test_a_run_in_which_everything_failed_is_still_written(tmp_path):
     assert benchmark.tables(cells) == [] and benchmark.plots(cells, tmp_path) == []
     claims = benchmark.claims(cells)
     assert len(claims) == 2 + 6 and all(claim.met == "not measured" for claim in claims)
-
-
-def test_a_gpu_is_refused():
-    with pytest.raises(BenchError, match="--device cpu"):
-        find("propagation").check(Settings(device="cuda"))
 
 
 # The image networks ---------------------------------------------------------------------------------

@@ -93,11 +93,13 @@ class Benchmark(ABC):
         name: on the command line.
         question: in one line.
         scales: whether there is a large scale (``Settings.full``).
+        cpu_only: why it has no use for another device; empty: it has.
     """
 
     name: str
     question: str
     scales: bool = False
+    cpu_only: str = ""
 
     @abstractmethod
     def cells(self, settings: Settings) -> list[Cell]:

@@ -58,10 +58,12 @@ def run(
         BenchError: the settings cannot be run, or are not those of the run to be resumed.
     """
     console = console or Console(stderr=True)
-    _check_device(settings)
     if settings.full and (settings.quick or not benchmark.scales):
         why = "--quick" if settings.quick else f"the benchmark {benchmark.name!r}, which has one scale"
         raise BenchError(f"--full does not go with {why}: leave it away.")
+    if benchmark.cpu_only and settings.device != "cpu":
+        raise BenchError(f"{benchmark.name} {benchmark.cpu_only}: leave --device away.")
+    _check_device(settings)
     benchmark.check(settings)
     cells = _chosen(benchmark.cells(settings), settings)
     folder = resume or out or _dated(benchmark, settings)
