@@ -130,7 +130,10 @@ class Wiring(Program):
 
     def fits(self, seen: Sequence[Arguments]) -> bool:
         """Whether the calls were given as many arguments as ever, as far as a glance tells."""
-        return all(len(a) + len(k) == len(n.sources) for n, (a, k) in zip(self.nodes, seen, strict=True))
+        for node, (args, kwargs) in zip(self.nodes, seen, strict=True):
+            if len(args) + len(kwargs) != len(node.sources):
+                return False
+        return True
 
     def template(self, seen: Sequence[Arguments]) -> list[Arguments]:
         """What the calls were given, without what comes from the rows.

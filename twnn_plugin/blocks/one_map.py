@@ -90,11 +90,15 @@ class OneMap:
         """
         if training:
             return True
+        # Loops, since a pass spends less time on them than on generators.
         for module in self.fickle:
             if module.training:
                 return True
-        # The flag is an attribute; to find a buffer takes a module several times as long.
-        return any(not norm.track_running_stats and _by_batch(norm) for norm in self.norms)
+        for norm in self.norms:  # noqa: SIM110
+            # The flag is an attribute; to find a buffer takes a module several times as long.
+            if not norm.track_running_stats and _by_batch(norm):
+                return True
+        return False
 
     def untold(self) -> str | None:
         """The type of a normalisation by batches whose flag says otherwise; None: there is none."""
