@@ -1,8 +1,10 @@
 """Gates by name: ``names()``, ``get(name)``, ``register(name, factory)``."""
 
 from ..registry import Registry
-from .base import FollowsGate, Gate, GateOutput, LearnedGate, watch_difficulty
+from .base import FollowsGate, Gate, GateOutput
 from .budget import Budget
+from .difficulty import watch_difficulty
+from .learned import LearnedGate
 
 registry: Registry[Gate] = Registry("gate", Gate)
 names, get, register, owner, entries = (

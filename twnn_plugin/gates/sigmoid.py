@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import GateOutput, LearnedGate, largest
+from .base import GateOutput
+from .learned import LearnedGate, largest
 
 __all__ = ["SigmoidGate"]
 

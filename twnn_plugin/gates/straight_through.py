@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import GateOutput, LearnedGate, largest
+from .base import GateOutput
+from .learned import LearnedGate, largest
 
 __all__ = ["StraightThroughGate"]
 

@@ -1,0 +1,276 @@
+"""A gate with weights: a small perceptron, a threshold, a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import OptionError, nearest
+from .base import Gate
+from .budget import Budget
+
+__all__ = ["LearnedGate", "largest"]
+
+_EFFORT = 10.0  # replays per open sample that are assumed until some were counted
+_INTEGRAL, _PROPORTIONAL = 0.005, 1.0  # gains of the dual variable, in units of its bound, per step
+_FLOOR = 0.05  # least slope of the budget's penalty, that of a sigmoid being 0.25 at most
+
+
+class LearnedGate(Gate):
+    """A small perceptron on layer-normalised features, with a threshold, and a budget that it keeps.
+
+    With ``budget`` set, one of two controls makes the share of open samples what it allows:
+
+    - ``"threshold"``: the threshold follows the quantile of the scores seen in training above which the
+      wanted share lies. It needs nothing of the loss and can collapse neither to never nor to always. It
+      starts at zero, above the scores of a fresh gate, and comes down over some ``1 / momentum`` steps, which
+      opens the gate gradually.
+    - ``"dual"``: the threshold stays; :meth:`penalty` is ``dual * (mean probability - share)``, and ``dual``
+      follows the error of the share by proportional-integral control (Stooke et al. 2020, "Responsive safety
+      in reinforcement learning by PID Lagrangian methods"): it rises while too many samples are open and may
+      go below zero while too few are. It is bounded by ``dual_bound``, integrates no further at the bound,
+      and its gradient on the scores has a floor, so that it can neither blow up nor die out.
+
+    Threshold, dual variable and what they follow are buffers: they are in the checkpoint, and
+    DistributedDataParallel gives all ranks those of the first, by whose samples they go.
+
+    Args:
+        channels: features per sample.
+        hidden: width of the hidden layer.
+        bias: initial score; negative is closed.
+        temperature: scores are divided by it; None: :attr:`usual_temperature`.
+        budget: share of open samples in (0, 1), ``"1.2x"`` (mean multiply-adds relative to the plain
+            network), ``"2 rows"`` (mean replays a sample), or None for a fixed threshold.
+        momentum: of the running quantile and the other running means, per training step.
+        learn: what the score is trained for. ``"benefit"``: how much opening lowers the loss
+            (straight-through gradient). ``"difficulty"``: whether the sample is among the hardest
+            share of its batch (the budget's, or half), see :func:`~twnn_plugin.gates.watch_difficulty`.
+            None: difficulty if there is a budget kept by the threshold, else benefit.
+        control: ``"threshold"`` or ``"dual"``; the second needs ``auxiliary_loss`` added to the loss.
+        dual_bound: largest modulus of the dual variable.
+        per: ``"sample"``: one strength a sample; ``"channel"``: one for each channel of the message; a sample
+            is open if any is.
+        outputs: channels of the message for ``per="channel"``; None: as many as features.
+        l0: weight of the expected share of open gates, the mean probability, in :meth:`penalty`.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    usual_temperature: ClassVar[float] = 1.0
+    by_margin: ClassVar[bool] = False
+    """Whether in eval mode a sample opens where its margin is positive, and only there: a glance tells."""
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 32,
+        bias: float = -2.0,
+        temperature: float | None = None,
+        budget: float | str | None = None,
+        momentum: float = 0.05,
+        learn: str | None = None,
+        control: str = "threshold",
+        dual_bound: float = 10.0,
+        per: str = "sample",
+        outputs: int | None = None,
+        l0: float = 0.0,
+    ):
+        super().__init__()
+        choose("learn", learn, (None, "benefit", "difficulty"))
+        choose("control", control, ("threshold", "dual"))
+        choose("per", per, ("sample", "channel"))
+        if not dual_bound > 0 or not 0 < momentum <= 1 or not l0 >= 0:
+            raise OptionError(
+                "A gate's dual_bound is positive, its momentum in (0, 1], and l0 at least 0; got "
+                f"{dual_bound!r}, {momentum!r} and {l0!r}."
+            )
+        self.temperature = self.usual_temperature if temperature is None else temperature
+        self.budget, self.momentum, self.learn = budget, momentum, learn
+        self.control, self.dual_bound, self.per, self.l0 = control, dual_bound, per, l0
+        self.hidden = nn.Linear(channels, hidden)
+        self.score = nn.Linear(hidden, 1 if per == "sample" else outputs or channels)
+        nn.init.normal_(self.score.weight, std=0.02)
+        nn.init.constant_(self.score.bias, bias)
+        self.threshold: Tensor
+        self.dual: Tensor
+        self.integral: Tensor
+        self.excess: Tensor
+        self.effort: Tensor
+        self.price: Tensor
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("dual", torch.zeros(()))  # of the last step
+        self.register_buffer("integral", torch.zeros(()))  # its slow part
+        self.register_buffer("excess", torch.zeros(()))  # running mean of open share minus wanted share
+        self.register_buffer("effort", torch.full((), _EFFORT))  # running mean of replays per open sample
+        self.register_buffer("price", torch.ones(()))  # of a replay, in passes of the plain network
+        self._penalty: Tensor | None = None
+        self._seen = _Seen()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.threshold.dtype  # one look-up; all that the gate has is of one dtype
+
+    @property
+    def scores(self) -> Tensor | None:
+        """(B,) scores of the last pass, without a graph; None before the first."""
+        score = self._seen.score
+        return None if score is None else largest(self._each(score))
+
+    @property
+    def budget(self) -> float | str | None:
+        """The budget as it was given."""
+        return self._given
+
+    @budget.setter
+    def budget(self, given: float | str | None) -> None:
+        self._budget = None if given is None else Budget.parse(given)
+        self._given = given
+
+    @property
+    def temperature(self) -> float:
+        """What scores are divided by."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise OptionError(f"A gate's temperature must be a positive number; got {value!r}.")
+        self._temperature = float(value)
+
+    def wanted(self) -> float | None:
+        """The share of samples, in [0, 1], that the budget allows to open; None without a budget."""
+        if self._budget is None:
+            return None
+        if self._budget.kind == "share":
+            return self._budget.value
+        return self._budget.share(float(self.effort), float(self.price))
+
+    def counts_cost(self) -> bool:
+        """Whether the budget is in multiply-adds, so that :attr:`price` matters."""
+        return self._budget is not None and self._budget.kind == "cost"
+
+    def share(self) -> float:
+        wanted = self.wanted()
+        return 0.5 if wanted is None else min(max(wanted, 0.02), 0.98)
+
+    def learns_difficulty(self) -> bool:
+        """Whether the score is trained for difficulty."""
+        kept = self._budget is not None and self.control == "threshold"
+        return self.learn == "difficulty" or (self.learn is None and kept)
+
+    def observe(self, steps: Tensor) -> None:
+        if steps.numel() and self._budget is not None:
+            self.effort = self.effort + self.momentum * (steps.float().mean().to(self.effort) - self.effort)
+
+    def penalty(self) -> Tensor | None:
+        return self._penalty
+
+    def margin(self, features: Tensor) -> Tensor:
+        """(B,) or, per channel, (B, C) score minus threshold, over the temperature.
+
+        In training, brings what keeps the budget up to date.
+        """
+        score = self._scored(features)
+        margin = (self._each(score) - self.threshold) / self.temperature
+        seen = self._seen.score = score.detach()
+        self._penalty = None
+        if self.training and self._budget is not None and score.numel():
+            if self.control == "threshold":
+                self._follow(largest(self._each(seen)))
+            else:
+                self._press(largest(margin))
+        return margin
+
+    def glance(self, features: Tensor) -> Callable[[], Tensor] | None:
+        if self.training or not self.by_margin or not features.numel():
+            return None
+        threshold = self.threshold
+        given = features if features.dtype == threshold.dtype else features.to(threshold.dtype)
+        score = self._scored(given)
+        above = score - threshold
+        if not (above if above.numel() == 1 else above.amax()).item() <= 0:  # nor is NaN
+            return None
+        self._seen.score = score
+        if self._penalty is not None:
+            self._penalty = None
+        return partial(self._chance, above, self.temperature)
+
+    def chance(self, margin: Tensor, temperature: float) -> Tensor:
+        """The probabilities at some margins, with the temperature that these were made with."""
+        return torch.sigmoid(margin)
+
+    def _chance(self, above: Tensor, temperature: float) -> Tensor:
+        """The probabilities where scores are so far above the threshold, as :meth:`forward` makes them."""
+        with torch.no_grad():
+            return self.chance(self._each(above) / temperature, temperature)
+
+    def _scored(self, features: Tensor) -> Tensor:
+        """(B, 1) or, per channel, (B, C) scores."""
+        normal = F.layer_norm(features, features.shape[1:])
+        return self.score(torch.relu(self.hidden(normal)))
+
+    def _each(self, score: Tensor) -> Tensor:
+        """(B,) of (B, 1); (B, C) as it is."""
+        return score.squeeze(-1) if self.per == "sample" else score
+
+    def priced(self, probability: Tensor) -> Tensor:
+        """The probabilities; in training, their mean joins the penalty with weight ``l0``."""
+        if self.l0 and self.training and probability.numel():
+            expected = self.l0 * torch.nan_to_num(probability).mean()
+            self._penalty = expected if self._penalty is None else self._penalty + expected
+        return probability
+
+    @torch.no_grad()
+    def _follow(self, score: Tensor) -> None:
+        """Move the threshold towards the wanted share's quantile of this batch."""
+        target = torch.quantile(score.float(), 1 - (self.wanted() or 0.0))
+        # A NaN sample must not reach the threshold, which all samples share.
+        step = torch.nan_to_num(target - self.threshold, nan=0.0, posinf=0.0, neginf=0.0)
+        # Out of place: the graph of this step still needs the old value.
+        self.threshold = self.threshold + self.momentum * step.to(self.threshold.dtype)
+
+    def _press(self, margin: Tensor) -> None:
+        """Bring the dual variable up to date, and make the penalty of this step."""
+        wanted = self.wanted() or 0.0
+        with torch.no_grad():
+            error = (margin > 0).to(self.excess.dtype).mean() - wanted
+            self.excess = self.excess + self.momentum * (error - self.excess)
+            bound = self.dual_bound
+            # Clamping the integral is the anti-windup: at the bound it takes in no more of the same sign.
+            self.integral = (self.integral + bound * _INTEGRAL * error).clamp(-bound, bound)
+            self.dual = (self.integral + bound * _PROPORTIONAL * self.excess).clamp(-bound, bound)
+        # The slope of a sigmoid dies out far from the threshold: some of the way is straight.
+        reach = torch.sigmoid(margin) + _FLOOR * (margin - margin.detach())
+        self._penalty = self.dual.to(margin.dtype) * (torch.nan_to_num(reach).mean() - wanted)
+
+    # Copies and pickles hold no activations.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_penalty": None, "_seen": _Seen()}
+
+
+@dataclass
+class _Seen:
+    """Of the last pass, in a place that takes less time to write to than a module."""
+
+    score: Tensor | None = None  # (B, 1) or (B, C), without a graph
+
+
+def largest(rows: Tensor) -> Tensor:
+    """(B,) of (B,), or the largest of each row of (B, C)."""
+    return rows if rows.dim() == 1 else rows.amax(dim=1)
+
+
+def choose(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    """Raise :class:`~twnn_plugin.errors.OptionError` unless a gate's option is one of the known values."""
+    if value not in known:
+        shown = ", ".join(repr(k) for k in known)
+        hint = nearest(str(value), [k for k in known if k is not None])
+        raise OptionError(f"A gate's {name} is one of {shown}; got {value!r}.{hint}")

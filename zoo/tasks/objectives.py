@@ -1,0 +1,172 @@
+"""What an update of a reasoning model is computed from: its batch, its loss by the recipe's method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twnn_plugin import jacobian_frobenius
+
+from ..errors import ConfigError
+from ..models.reasoning import Iterated
+from .catalog import Growing, Task, passes, stream
+from .examples import Examples
+from .recipe import Recipe
+
+__all__ = ["Batches", "Phantom", "objective_of"]
+
+_ENDS = 4  # what the ends of a contour add to its length, in dashes
+
+
+class Batches:
+    """The batches of a training without end, on the device that it is on.
+
+    Args:
+        recipe: of the training.
+        task: draws examples, on the CPU.
+        data: examples at hand, in place of those that are drawn.
+        device: where they go.
+
+    Raises:
+        ConfigError: the recipe asks for several sizes, and the examples at hand are of one.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, data: Examples | None, device: torch.device):
+        self.source, self.device = _source(recipe, task, data), device
+
+    def __next__(self) -> Examples:
+        return next(self.source).to(self.device)
+
+    @property
+    def size(self) -> int | None:
+        """The size of the last batch, where they grow; None where they do not."""
+        return self.source.size if isinstance(self.source, Growing) else None
+
+    def skip(self, count: int) -> None:
+        """Go past some."""
+        for _ in range(count):
+            next(self.source)
+
+
+def _source(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examples]:
+    if data is not None and recipe.easier:
+        raise ConfigError("Examples at hand are of one size: leave easier out, or draw them (no data).")
+    if data is not None:
+        return passes(data, recipe.batch_size, recipe.seed)
+    if recipe.easier:
+        sizes = (*recipe.easier, recipe.size)
+        return Growing(task, sizes, recipe.updates, recipe.batch_size, recipe.seed)
+    return stream(task, recipe.size, recipe.batch_size, recipe.seed)
+
+
+def objective_of(
+    recipe: Recipe, model: nn.Module, batches: Batches, random: np.random.Generator
+) -> Callable[[int], Tensor]:
+    """The loss of an update, by the recipe's method."""
+    from twnn_plugin.errors import OptionError
+
+    if recipe.method in ("plain", "implicit"):
+        return lambda update: _whole(model, next(batches))
+    if not isinstance(model, Iterated):
+        raise OptionError(
+            f"Method {recipe.method!r} iterates the model's step; {recipe.model} has none. Use 'plain' "
+            "or 'implicit'."
+        )
+    if recipe.method == "progressive":
+        return lambda update: _progressive(recipe, model, next(batches), random)
+    if recipe.method == "unrolled":
+        return lambda update: _unrolled(recipe, model, batches, random)
+    return Phantom(recipe, model, batches, random)
+
+
+def _whole(model: nn.Module, batch: Examples) -> Tensor:
+    return F.cross_entropy(model(batch.inputs), batch.targets)
+
+
+def _draw(random: np.random.Generator, bounds: tuple[int, int]) -> int:
+    return int(random.integers(bounds[0], bounds[1] + 1))
+
+
+def _run(model: Iterated, z: Tensor, x: Tensor, steps: int, drop: float = 0.0) -> Tensor:
+    for _ in range(steps):
+        new = model.step(z, x)
+        if drop:
+            new = torch.where(torch.rand_like(new[:, :1]) < drop, z, new)
+        z = new
+    return z
+
+
+def _unrolled(recipe: Recipe, model: Iterated, batches: Batches, random: np.random.Generator) -> Tensor:
+    batch, bounds = next(batches), recipe.graded
+    if batches.size is not None:  # a contour's ends count, too, so that the shortest still take a few
+        share = (batches.size + _ENDS) / (recipe.size + _ENDS)
+        bounds = (max(1, round(share * bounds[0])), max(1, round(share * bounds[1])))
+    x = model.inject(batch.inputs)
+    z = _run(model, model.blank(x), x, _draw(random, bounds), recipe.drop)
+    return F.cross_entropy(model.read(z, x), batch.targets)
+
+
+def _progressive(recipe: Recipe, model: Iterated, batch: Examples, random: np.random.Generator) -> Tensor:
+    """Bansal et al. (2022), algorithm 1."""
+    x = model.inject(batch.inputs)
+    most = recipe.graded[1]
+    loss = torch.zeros((), device=x.device)
+    if recipe.alpha < 1:
+        z = _run(model, model.blank(x), x, most, recipe.drop)
+        loss = (1 - recipe.alpha) * F.cross_entropy(model.read(z, x), batch.targets)
+    if recipe.alpha > 0:
+        free = _draw(random, (0, most - 1))
+        with torch.no_grad():
+            z = _run(model, model.blank(x), x, free, recipe.drop)
+        z = _run(model, z, x, _draw(random, (1, most - free)), recipe.drop)
+        loss = loss + recipe.alpha * F.cross_entropy(model.read(z, x), batch.targets)
+    return loss
+
+
+class Phantom:
+    """The method "phantom": free steps from noise, zero or kept states, then a few steps with gradient."""
+
+    def __init__(self, recipe: Recipe, model: Iterated, batches: Batches, random: np.random.Generator):
+        self.recipe, self.model, self.batches, self.random = recipe, model, batches, random
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, update: int) -> Tensor:
+        recipe, model = self.recipe, self.model
+        inputs, targets, z = self._start()
+        x = model.inject(inputs)
+        if z is None:
+            z = self._fresh(x)
+        with torch.no_grad():
+            z = _run(model, z, x, _draw(self.random, recipe.free), recipe.drop)
+        penalty = torch.zeros((), device=x.device)
+        if recipe.jacobian and update >= recipe.jacobian_from * recipe.updates:
+            penalty = recipe.jacobian * jacobian_frobenius(model.step, z, x.detach())
+        z = _run(model, z, x, _draw(self.random, recipe.graded), recipe.drop)
+        if recipe.buffer:
+            self.kept.append((inputs, targets, z.detach()))
+        return F.cross_entropy(model.read(z, x), targets) + penalty
+
+    def _fresh(self, x: Tensor) -> Tensor:
+        """Zero, or noise of random scale in some rows."""
+        z = self.model.blank(x)
+        chosen = torch.rand(len(z), device=z.device) < self.recipe.noise
+        rows = chosen.float() * torch.rand(len(z), device=z.device)
+        return z + torch.randn_like(z) * rows.view(-1, 1, 1, 1)
+
+    def _start(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A new batch, or the one that has been kept the longest with some rows begun anew."""
+        recipe, new = self.recipe, next(self.batches)
+        if len(self.kept) * recipe.batch_size < recipe.buffer or not recipe.buffer:
+            return new.inputs, new.targets, None
+        inputs, targets, z = self.kept.pop(0)
+        again = torch.rand(len(z), device=z.device) < recipe.fresh
+        rows = again.view(-1, 1, 1, 1)
+        with torch.no_grad():
+            fresh = self._fresh(self.model.inject(new.inputs))
+        inputs = torch.where(rows.view(-1, *[1] * (inputs.dim() - 1)), new.inputs, inputs)
+        targets = torch.where(again.view(-1, *[1] * (targets.dim() - 1)), new.targets, targets)
+        return inputs, targets, torch.where(rows, fresh, z)
