@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from twnn_plugin.errors import nearest
 
@@ -123,11 +125,9 @@ def stream(task: Task, size: int, batch_size: int, seed: int) -> Iterator[Exampl
 
 
 class Growing:
-    """Training batches without end whose examples grow: a function of the arguments alone.
+    """Training batches without end whose examples grow: a function of the arguments and of ``passes``.
 
-    Half of a batch is of the present size, the other half of one drawn from the sizes so far. Each size is
-    the present one for a share of the updates in proportion to itself; the last one from ``_GROWN`` of
-    them on.
+    The first half of a batch is of the present size, the other half of one drawn from the sizes so far.
 
     Args:
         task: what is drawn.
@@ -135,32 +135,51 @@ class Growing:
         updates: batches that will be taken.
         batch_size: examples a batch.
         seed: of examples and sizes.
+        passed: the share of the present size's examples that must be right, as a running mean over some 30
+            batches, before the next size is let in; see :meth:`tell`. 0: by schedule, each size for a share
+            of the updates in proportion to itself, the last one from ``_GROWN`` of them on.
 
     Attributes:
         size: the present size, of the batch that was given last.
+        right: the running mean.
+        passes: the numbers of batches after which a size was passed.
     """
 
-    _GROWN = 0.7
+    _GROWN, _SLOWLY, _AGAIN = 0.7, 0.03, 0.6
 
-    def __init__(self, task: Task, sizes: Sequence[int], updates: int, batch_size: int, seed: int):
-        self.sizes, self.size = tuple(sizes), sizes[0]
-        half = batch_size // 2
+    def __init__(
+        self, task: Task, sizes: Sequence[int], updates: int, batch_size: int, seed: int, passed: float = 0.0
+    ):
+        self.sizes, self.size, self.passed = tuple(sizes), sizes[0], passed
+        self.right, self.passes = 0.0, []
+        self._half = half = batch_size // 2
         self._present = {s: stream(task, s, half, seed) for s in self.sizes}
         self._before = {s: stream(task, s, batch_size - half, seed + _APART) for s in self.sizes}
         self._random = np.random.default_rng([seed, 7])
-        passed = np.cumsum(self.sizes[:-1])
-        self._ends = [self._GROWN * updates * float(p) / float(passed[-1]) for p in passed]
+        if not passed:
+            summed = np.cumsum(self.sizes[:-1])
+            self.passes = [math.ceil(self._GROWN * updates * float(s) / float(summed[-1])) for s in summed]
         self._taken = 0
 
     def __iter__(self) -> Growing:
         return self
 
     def __next__(self) -> Examples:
-        place = sum(self._taken >= end for end in self._ends)
+        place = sum(self._taken >= end for end in self.passes)
         self.size = self.sizes[place]
         other = self.sizes[int(self._random.integers(place + 1))]
         self._taken += 1
         return joined(next(self._present[self.size]), next(self._before[other]))
+
+    def tell(self, right: Tensor) -> None:
+        """Say which examples of the last batch were right, (B,) bool; by schedule nothing follows."""
+        if not self.passed or self.size == self.sizes[-1]:
+            return
+        now = float(right[: self._half].double().mean())
+        self.right += self._SLOWLY * (now - self.right)
+        if self.right >= self.passed:
+            self.right = self._AGAIN * self.passed
+            self.passes.append(self._taken)
 
 
 def passes(examples: Examples, batch_size: int, seed: int) -> Iterator[Examples]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +47,22 @@ class Batches:
         """The size of the last batch, where they grow; None where they do not."""
         return self.source.size if isinstance(self.source, Growing) else None
 
-    def skip(self, count: int) -> None:
-        """Go past some."""
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy; what was right decides when examples grow."""
+        if isinstance(self.source, Growing) and self.source.passed:
+            self.source.tell(logits.detach().argmax(dim=1) == targets)
+        return F.cross_entropy(logits, targets)
+
+    def state(self) -> dict[str, Any]:
+        """What else than the recipe and their number decides which batches come."""
+        if not isinstance(self.source, Growing):
+            return {}
+        return {"right": self.source.right, "passes": list(self.source.passes)}
+
+    def go_on(self, count: int, state: Mapping[str, Any]) -> None:
+        """Go past some batches, to where a training was whose :meth:`state` this was."""
+        if isinstance(self.source, Growing):
+            self.source.right, self.source.passes = state["right"], list(state["passes"])
         for _ in range(count):
             next(self.source)
 
@@ -59,7 +74,7 @@ def _source(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examp
         return passes(data, recipe.batch_size, recipe.seed)
     if recipe.easier:
         sizes = (*recipe.easier, recipe.size)
-        return Growing(task, sizes, recipe.updates, recipe.batch_size, recipe.seed)
+        return Growing(task, sizes, recipe.updates, recipe.batch_size, recipe.seed, recipe.passed)
     return stream(task, recipe.size, recipe.batch_size, recipe.seed)
 
 
@@ -70,7 +85,7 @@ def objective_of(
     from twnn_plugin.errors import OptionError
 
     if recipe.method in ("plain", "implicit"):
-        return lambda update: _whole(model, next(batches))
+        return lambda update: _whole(model, batches)
     if not isinstance(model, Iterated):
         raise OptionError(
             f"Method {recipe.method!r} iterates the model's step; {recipe.model} has none. Use 'plain' "
@@ -83,8 +98,9 @@ def objective_of(
     return Phantom(recipe, model, batches, random)
 
 
-def _whole(model: nn.Module, batch: Examples) -> Tensor:
-    return F.cross_entropy(model(batch.inputs), batch.targets)
+def _whole(model: nn.Module, batches: Batches) -> Tensor:
+    batch = next(batches)
+    return batches.loss(model(batch.inputs), batch.targets)
 
 
 def _draw(random: np.random.Generator, bounds: tuple[int, int]) -> int:
@@ -107,7 +123,7 @@ def _unrolled(recipe: Recipe, model: Iterated, batches: Batches, random: np.rand
         bounds = (max(1, round(share * bounds[0])), max(1, round(share * bounds[1])))
     x = model.inject(batch.inputs)
     z = _run(model, model.blank(x), x, _draw(random, bounds), recipe.drop)
-    return F.cross_entropy(model.read(z, x), batch.targets)
+    return batches.loss(model.read(z, x), batch.targets)
 
 
 def _progressive(recipe: Recipe, model: Iterated, batch: Examples, random: np.random.Generator) -> Tensor:

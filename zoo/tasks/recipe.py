@@ -48,6 +48,8 @@ class Recipe:
         fresh: share of the buffer that is started anew at each use.
         easier: smaller sizes, ascending, that are trained on first; see :class:`~zoo.tasks.catalog.Growing`.
             For inputs of one shape (pathfinder). ``graded`` shrinks with the size (unrolled).
+        passed: share right of a size's examples, as a running mean, that lets the next of ``easier`` in;
+            0: by schedule.
         pixels: height and width of the images (pathfinder); None: the task's own.
         select: updates between looks at validation examples of the same size; the weights that were right
             most often, the latest of equals, are the result. 0: the last ones are.
@@ -75,6 +77,7 @@ class Recipe:
     buffer: int = 0
     fresh: float = 0.04
     easier: tuple[int, ...] = ()
+    passed: float = 0.0
     pixels: int | None = None
     select: int = 0
     seed: int = 0
@@ -108,6 +111,8 @@ class Recipe:
                 f"easier={self.easier} mixes sizes in a batch, and inputs of {self.task} differ in shape "
                 "with their size. Leave it out."
             )
+        self._require("passed", 0 <= self.passed < 1, "at least 0 and below 1")
+        self._require("passed", not self.passed or bool(self.easier), "0 without easier sizes")
         self._require("batch_size", not self.easier or self.batch_size >= 2, "at least 2 with easier sizes")
         if self.buffer and self.method != "phantom":
             raise ConfigError(f"Only the method 'phantom' keeps states; got buffer={self.buffer}.")
@@ -151,6 +156,7 @@ _IMAGES: dict[str, Any] = {
     "task": "pathfinder",
     "size": 14,
     "easier": tuple(range(2, 14)),
+    "passed": 0.87,
     "graded": (18, 28),
     "updates": 9000,
     "warmup": 100,

@@ -53,7 +53,18 @@ SOLVE_OPTIONS = ("solver", "adjoint", "tol", "max_iter", "stop", "norm")
 WEIGHTS_FILE = "model.safetensors"
 _SAMPLES = 1000
 _LINE_EVERY = 50
-_STATE = ("recipe", "updates", "state_dict", "state_dict_ema", "optimizer", "losses", "rng", "random", "data")
+_STATE = (
+    "recipe",
+    "updates",
+    "state_dict",
+    "state_dict_ema",
+    "optimizer",
+    "losses",
+    "rng",
+    "random",
+    "batches",
+    "data",
+)
 _PIXELS_AT_A_TIME = 2**19
 
 

@@ -141,7 +141,7 @@ class _Training:
         return Trained(self.averaged.eval(), self.losses, self.seconds)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next updates depend on but the batches, which are a function of the recipe."""
+        """Everything that the next updates depend on beside the recipe."""
         kept = self.objective.kept if isinstance(self.objective, Phantom) else []
         best = self.best
         return {
@@ -154,6 +154,7 @@ class _Training:
             "losses": list(self.losses),
             "rng": rng_state(self.device),
             "random": json.dumps(self.random.bit_generator.state),
+            "batches": self.batches.state(),
             "kept": [list(item) for item in kept],
             "best": None if best is None else {"right": best.right, "weights": dict(best.weights)},
         }
@@ -172,7 +173,7 @@ class _Training:
         self.model.load_state_dict(state["state_dict"])
         self.averaged.load_state_dict(state["state_dict_ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.skip(self.done)  # each update takes one
+        self.batches.go_on(self.done, state["batches"])  # each update takes one
         if isinstance(self.objective, Phantom):
             moved = [[tensor.to(self.device) for tensor in item] for item in state["kept"]]
             self.objective.kept = [(item[0], item[1], item[2]) for item in moved]
