@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 from dataclasses import replace
@@ -65,7 +66,7 @@ def test_training_on_a_gpu(model, changes):
     found = score(trained.model, recipe.find_task().draw(recipe.size, 8, 0, "val"))
     assert found.right.device.type == "cpu" and len(found.steps) == 8
     states = []
-    train_task(recipe, device="cuda", save=states.append, save_every=2)
+    train_task(recipe, device="cuda", save=lambda state: states.append(copy.deepcopy(state)), save_every=2)
     resumed = train_task(recipe, device="cuda", state=states[0])
     assert resumed.losses[:2] == trained.losses[:2] and len(resumed.losses) == 4
 
@@ -120,6 +121,8 @@ def test_selection_takes_the_best_on_validation_data():
         ({"easier": (8,)}, "differ in shape"),
         ({"task": "pathfinder", "size": 4, "easier": (3, 2)}, "ascending sizes below"),
         ({"task": "pathfinder", "size": 4, "easier": (4,)}, "ascending sizes below"),
+        ({"task": "pathfinder", "size": 4, "easier": (3,), "passed": 1.0}, "passed=1.0"),
+        ({"passed": 0.8}, "0 without easier sizes"),
     ],
 )
 def test_impossible_recipes(changes, said):
@@ -159,6 +162,66 @@ def test_examples_grow_and_half_of_a_batch_is_of_sizes_before():
     assert len(drawn) == len(set(drawn))  # never the same examples twice
     again = batches()
     assert [next(again).inputs[-1, 0, 0, 0].item() for _ in range(100)] == [batch[-1] for batch in shown]
+
+
+def test_contours_grow_when_the_present_length_is_read_well():
+    task = find_task("pathfinder")
+
+    def batches():
+        return Growing(task, (2, 3, 4), updates=9, batch_size=8, seed=3, passed=0.5)
+
+    def answer(made, good):
+        right = torch.zeros(8, dtype=torch.bool)
+        right[:4] = good  # those of the present size; what else is right does not matter
+        right[4:] = not good
+        made.tell(right)
+        return made.size
+
+    made, sizes = batches(), []
+    for _ in range(30):
+        next(made)
+        sizes.append(answer(made, False))
+    assert set(sizes) == {2} and made.passes == []
+    while made.size < 4:
+        next(made)
+        sizes.append(answer(made, True))
+    # 1 - 0.97^n > 0.5 at 23, and from 0.6 of it at 12 more.
+    assert sizes == [2] * (30 + 23) + [3] * 12 + [4] and made.passes == [53, 65]
+    answer(made, True)
+    assert made.passes == [53, 65]  # there is no larger size
+    again = batches()
+    again.passes = [53, 65]
+    for _ in range(65):
+        next(again)
+    assert torch.equal(next(again).inputs, joined_after(batches(), made.passes, 65).inputs)
+
+
+def joined_after(made, passes, count):
+    """The batch that comes after ``count`` others, of a run whose sizes were passed where they were."""
+    for _ in range(count):
+        next(made)
+        if made._taken in passes:
+            made.passes.append(made._taken)
+    return next(made)
+
+
+def test_resume_goes_on_with_the_contours_that_were_reached():
+    recipe = recipe_for(
+        "ff_pathfinder",
+        updates=40,
+        batch_size=8,
+        size=4,
+        easier=(2, 3),
+        passed=0.2,
+        model_kwargs={"width": 4},
+    )
+    states = []
+    whole = train_task(recipe, save=lambda state: states.append(copy.deepcopy(state)), save_every=10)
+    reached = [state["batches"]["passes"] for state in states]
+    assert reached[-1] and reached == sorted(reached)  # some length was passed on the way
+    for state in states[:2]:
+        resumed = train_task(recipe, state=state)
+        assert resumed.losses == whole.losses and torch.equal(weights(resumed), weights(whole))
 
 
 def test_unknown_settings_and_models():
