@@ -200,7 +200,8 @@ class PathfinderNet(StagedNet):
         in_chans: channels of the images.
         width: channels of the state.
         stem_width: channels of the stem, which enter the cell at every step.
-        blocks: residual blocks in the cell, of 1x1 convolutions.
+        blocks: residual blocks in the cell.
+        reach: kernel of their convolutions: 3, or 1: one step carries news to the next position and no farther.
         downsample: halvings of the image before the cell.
         drop_rate: dropout before the classifier.
         global_pool: timm's pooling type.
@@ -215,6 +216,7 @@ class PathfinderNet(StagedNet):
         width: int = 24,
         stem_width: int = 16,
         blocks: int = 1,
+        reach: int = 1,
         downsample: int = 1,
         drop_rate: float = 0.0,
         global_pool: str = "max",
@@ -223,7 +225,7 @@ class PathfinderNet(StagedNet):
         super().__init__(("stem", "loop"), num_classes, in_chans, drop_rate)
         self.stem = Stem(in_chans, stem_width, downsample)
         settings = {"adjoint": "unrolled", "max_iter": 100, **settings}
-        cell: dict[str, Any] = {"blocks": blocks, "inner": (1, 1), "latching": True}
+        cell: dict[str, Any] = {"blocks": blocks, "inner": (reach, reach), "latching": True}
         self.loop = make_loop("wormhole", width, stem_width, settings, **cell)
         self.feature_info = [{"num_chs": width, "reduction": 2**downsample, "module": "loop"}]
         self._add_head(width, global_pool)
