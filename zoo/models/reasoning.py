@@ -201,7 +201,7 @@ class PathfinderNet(StagedNet):
         width: channels of the state.
         stem_width: channels of the stem, which enter the cell at every step.
         blocks: residual blocks in the cell.
-        reach: kernel of their convolutions: 3, or 1: one step carries news to the next position and no farther.
+        reach: kernel of their convolutions; 1: a step carries news to the next position and no farther.
         downsample: halvings of the image before the cell.
         drop_rate: dropout before the classifier.
         global_pool: timm's pooling type.
@@ -213,10 +213,10 @@ class PathfinderNet(StagedNet):
         self,
         num_classes: int = 2,
         in_chans: int = 1,
-        width: int = 24,
+        width: int = 16,
         stem_width: int = 16,
         blocks: int = 1,
-        reach: int = 1,
+        reach: int = 3,
         downsample: int = 1,
         drop_rate: float = 0.0,
         global_pool: str = "max",
@@ -363,7 +363,7 @@ def deq_maze(pretrained: bool = False, **kwargs: Any) -> MazeNet:
 
 @register_model
 def twnn_pathfinder(pretrained: bool = False, **kwargs: Any) -> PathfinderNet:
-    """13 thousand parameters; images (B, 1, H, W) to logits (B, 2): are the two dots joined? Not trained."""
+    """12 thousand parameters; images (B, 1, H, W) to logits (B, 2): are the two dots joined? Not trained."""
     return build_model_with_cfg(
         PathfinderNet, "twnn_pathfinder", pretrained, feature_cfg={"out_indices": (0,)}, **kwargs
     )

@@ -157,7 +157,7 @@ _IMAGES: dict[str, Any] = {
     "size": 14,
     "easier": tuple(range(2, 14)),
     "passed": 0.87,
-    "graded": (18, 28),
+    "graded": (8, 14),
     "updates": 9000,
     "warmup": 100,
     "lr": 2e-3,
