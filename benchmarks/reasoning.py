@@ -36,7 +36,7 @@ SMALLER: dict[str, Any] = {
     "updates": 2500,
     "passed": 0.0,
 }
-"""Pathfinder at a size that is trained in minutes; the recipe's own takes a quarter of an hour, and at 64 pixels
+"""Pathfinder at a size that takes minutes to train; the recipe's own takes a quarter of an hour, at 64 pixels
 an hour and more."""
 LONG = {6: 4000, 9: 4000, 14: 4000}
 CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
