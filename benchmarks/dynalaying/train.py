@@ -197,11 +197,7 @@ def teach(policy: Policy, seen: Study, labels: Tensor, recipe: Recipe, beta: flo
 
 def backward_times(model: nn.Module, part: Part, rounds: int = 15, batch: int = 64) -> dict[str, float]:
     """Median seconds of forward and backward passes in training mode, at the network's present settings."""
-
-    def loss(rows: Part) -> Tensor:
-        return F.cross_entropy(model(rows.images), rows.labels)
-
-    return timed([(model, _in_turn(loss, part, batch))], rounds)[0]
+    return timed([(model, _in_turn(_loss_of(model), part, batch))], rounds)[0]
 
 
 def updates_beside(
@@ -220,13 +216,14 @@ def updates_beside(
     """
     fitting = _Fit(selecting, recipe, data, seed=0, factor=1.0)
     fitting.explore(fitting.warm)
-
-    def loss(rows: Part) -> Tensor:
-        return F.cross_entropy(model(rows.images), rows.labels)
-
-    theirs, ours = (_in_turn(each, data["train"], recipe.batch) for each in (loss, fitting.loss))
+    losses = (_loss_of(model), fitting.loss)
+    theirs, ours = (_in_turn(loss, data["train"], recipe.batch) for loss in losses)
     found = timed([(model, theirs), (selecting, ours)], rounds)
     return found[0], found[1]
+
+
+def _loss_of(model: nn.Module) -> Callable[[Part], Tensor]:
+    return lambda part: F.cross_entropy(model(part.images), part.labels)
 
 
 def _in_turn(loss: Callable[[Part], Tensor], part: Part, batch: int) -> Callable[[], Tensor]:

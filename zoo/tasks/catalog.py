@@ -151,7 +151,8 @@ class Growing:
         self, task: Task, sizes: Sequence[int], updates: int, batch_size: int, seed: int, passed: float = 0.0
     ):
         self.sizes, self.size, self.passed = tuple(sizes), sizes[0], passed
-        self.right, self.passes = 0.0, []
+        self.right = 0.0
+        self.passes: list[int] = []
         self._half = half = batch_size // 2
         self._present = {s: stream(task, s, half, seed) for s in self.sizes}
         self._before = {s: stream(task, s, batch_size - half, seed + _APART) for s in self.sizes}
