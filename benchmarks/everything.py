@@ -40,6 +40,8 @@ def run_all(settings: Settings, out: Path | None, command: Callable[[str], str],
         raise BenchError("--only chooses among the cells of one benchmark: say which, in place of 'all'.")
     if settings.device != "cpu":
         raise BenchError("'all' runs on the CPU. For a GPU there is 'gpu', in one run.")
+    if settings.quick and settings.full:
+        raise BenchError("--full does not go with --quick: leave one of them away.")
     if settings.quick and out is None:
         raise BenchError("A --quick run is no evidence and does not go into results/: say --out FOLDER.")
     names = [name for name in sorted(REGISTRY) if name not in _APART]

@@ -101,6 +101,7 @@ def test_full_is_for_those_that_have_two_scales(few, tmp_path):
         (["--only", "a", "--out", "x"], "say which"),
         (["--device", "cuda", "--out", "x"], "'gpu'"),
         (["--resume", "."], "say which"),
+        (["--quick", "--full", "--out", "x"], "--full does not go with --quick"),
     ],
 )
 def test_what_all_cannot_do_is_one_line(arguments, said, capsys):
