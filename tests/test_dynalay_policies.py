@@ -79,6 +79,56 @@ class TestOracle:
         torch.testing.assert_close(net(x), found.logits[:, 2])
 
 
+class TestEntropy:
+    def test_a_share_is_the_least_certain_of_the_batch(self) -> None:
+        net, (x, _) = _net(policy=tw.policy("entropy", share=0.3, layer="layer2")), _data(40)
+        entropy = study(net, x).view.entropy
+        net(x)
+        record = _selection(net).last
+        assert record is not None
+        opened = record.iterated
+        assert int(opened.sum()) == 12 and record.counts.sum(dim=0).tolist() == [0, 12, 0]
+        assert float(entropy[opened].min()) >= float(entropy[~opened].max())
+
+    @pytest.mark.parametrize(("share", "opened"), [(0.0, 0), (0.01, 0), (0.5, 4), (1.0, 8)])
+    def test_it_is_rounded_to_whole_samples(self, share: float, opened: int) -> None:
+        net = _net(policy=tw.policy("entropy", share=share))
+        net(_data(8)[0])
+        assert int(_selection(net).last.iterated.sum()) == opened  # type: ignore[union-attr]
+
+    def test_an_empty_batch(self) -> None:
+        net = _net(policy=tw.policy("entropy", share=0.5, weights=(1, 1, 1)))
+        assert net(torch.zeros(0, 1, 16, 16)).shape == (0, 5)
+
+    def test_layers_are_drawn_by_weights(self) -> None:
+        net = _net(policy=tw.policy("entropy", share=1.0, weights=(1, 0, 3)))
+        torch.manual_seed(0)
+        net(_data(400)[0])
+        counts = _selection(net).last.counts.sum(dim=0).tolist()  # type: ignore[union-attr]
+        assert counts[1] == 0 and sum(counts) == 400 and 60 < counts[0] < 140
+
+    def test_the_threshold_is_half_a_nat_unless_a_share_is_given(self) -> None:
+        assert tw.policy("entropy").threshold == 0.5  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"threshold": 0.1, "share": 0.5}, "threshold and share .* exclude"),
+            ({"layer": "layer1", "weights": (1, 1, 1)}, "layer and weights .* exclude"),
+            ({"share": 1.5}, "share .* in .0, 1."),
+            ({"threshold": -1.0}, "threshold"),
+            ({"weights": (0, 0, 0)}, "sum to more than 0"),
+        ],
+    )
+    def test_bad_options(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(OptionError, match=message):
+            tw.policy("entropy", **options)
+
+    def test_weights_of_another_network(self) -> None:
+        with pytest.raises(OptionError, match="one number for each of the 3 layers"):
+            _net(policy=tw.policy("entropy", share=0.5, weights=(1, 1)))
+
+
 class TestHalting:
     def test_it_goes_through_its_order_until_it_halts(self) -> None:
         net: Any = _net(policy=tw.policy("halting", order=("layer3", "layer1")), max_choices=5)

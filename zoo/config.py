@@ -20,7 +20,7 @@ CLIP_MODES = ("norm", "value", "agc")
 AMP_DTYPES = ("float16", "bfloat16")
 CROP_MODES = ("rrc", "rkrc", "rkrr")
 LEVELS = ("word", "char")
-MEASURES = ("accuracy", "likelihood")
+MEASURES = ("accuracy", "probability", "likelihood")  # those of twnn_plugin.selection.Reward
 
 _NOT_NEGATIVE = (
     *("seed", "workers", "warmup_epochs", "checkpoint_interval", "log_interval"),

@@ -48,10 +48,10 @@ class Recipe:
         weight_decay: of matrices and kernels.
         clip: largest norm of the gradient.
         draws: evaluations in a training solve; each update draws one of them.
-        share: of the samples of a batch that iterate while the main model is trained, each one layer at
-            random.
+        share: of the samples of a batch that iterate while the main model is trained: those of the highest
+            entropy, each one layer at random.
         weights: how often each of the three layers is drawn.
-        closed: weight of the closed path's loss.
+        closed: weight of the closed path's loss, beside that of the answers.
         hidden: channels within the connections' mixers.
         scale: initial scale of the connections.
         tolerances: of the solves in use; one is chosen on validation data.
@@ -61,30 +61,32 @@ class Recipe:
         budget: multiply-adds that the frugal agent may spend on average, relative to the open-loop pass.
         part: those that the other agent may spend, relative to iterating the best layer always.
         agent_decay: weight decay of the agent.
+        agent_entropy: weight of its entropy; near zero its scores run away from what they stand for.
         deq_epochs: passes in which the DEQ is trained.
         deq_lr: highest learning rate of the DEQ, the best of three in the benchmark ``models``.
     """
 
-    epochs: int = 9
+    epochs: int = 20
     warm: float = 0.25
-    longer: float = 4.5
+    longer: float = 1.6
     batch: int = 64
     lr: float = 4e-3
     weight_decay: float = 1e-2
     clip: float = 2.0
     draws: tuple[int, ...] = (1, 2, 3)
-    share: float = 1.0
-    weights: tuple[float, ...] = (1.0, 8.0, 1.0)
-    closed: float = 0.3
+    share: float = 0.35
+    weights: tuple[float, ...] = (1.0, 1.0, 8.0)
+    closed: float = 0.0
     hidden: int = 16
     scale: float = 1.0
     tolerances: tuple[float, ...] = (0.3, 0.1, 0.03)
     max_iter: int = 12
-    agent_epochs: int = 40
-    betas: tuple[float, ...] = (0.0, 0.001, 0.002, 0.004, 0.007, 0.01, 0.02, 0.05)
+    agent_epochs: int = 20
+    betas: tuple[float, ...] = (0.0, 0.0003, 0.0006, 0.0012, 0.002, 0.003, 0.006, 0.015)
     budget: float = 1.3
     part: float = 0.6
     agent_decay: float = 0.1
+    agent_entropy: float = 0.1
     deq_epochs: int = 5
     deq_lr: float = 2e-2
 

@@ -43,8 +43,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train a network from scratch, in place.
 
-    DynaLay's main model is trained without its agent: after the warm-up each sample iterates a layer drawn at
-    random, or none.
+    DynaLay's main model is trained without its agent: after the warm-up the samples of a batch of which it is
+    least sure iterate a layer drawn at random, and the others none. So each path learns from the samples that
+    it will answer for.
 
     Args:
         model: ``cnn3``, DynaLay or a DEQ.
@@ -95,14 +96,14 @@ class _Fit:
         return {"curve": curve, "training": round(self.spent), "epochs": self.epochs}
 
     def explore(self, epoch: int) -> None:
-        """Nobody iterates while the main model is warmed up; then layers are drawn at random."""
+        """Nobody iterates in the warm-up; after it the least certain do, layers drawn at random."""
         if self.selection is None:
             return
         policy = tw.policy("never")
         if epoch >= self.warm:
             pairs = zip(LAYERS, self.recipe.weights, strict=True)
             weights = [weight for name, weight in pairs if name in self.selection.iterated]
-            policy = tw.policy("random", p=self.recipe.share, weights=weights)
+            policy = tw.policy("entropy", share=self.recipe.share, weights=weights)
         self.selection.configure(policy=policy, tol=_UNREACHABLE)
 
     def loss(self, part: Part) -> Tensor:
@@ -118,12 +119,7 @@ class _Fit:
         record = self.selection.last
         assert record is not None
         self.spent += (1 + BACKWARD) * (record.open_loop * len(part.labels) + record.multiply_adds)
-        loss = closed_loss(record, part.labels, self.recipe.closed)
-        opened = torch.nonzero(record.iterated).flatten()  # the others' loss is the closed one
-        if opened.numel():
-            share = opened.numel() / len(part.labels)
-            loss = loss + share * F.cross_entropy(logits[opened], part.labels[opened])
-        return loss
+        return F.cross_entropy(logits, part.labels) + closed_loss(record, part.labels, self.recipe.closed)
 
     @torch.no_grad()
     def _judge(self) -> dict[str, float]:
@@ -158,9 +154,9 @@ def percent(right: Tensor) -> float:
     return round(100 * float(right.double().mean()), 3)
 
 
-def reward_of(beta: float) -> Reward:
-    """Quality is the likelihood of the truth, cost is multiply-adds; against what NOP would have given."""
-    return Reward(alpha=1.0, beta=beta, measure="likelihood", weight=1.0, entropy=1e-3, floor=-3.0)
+def reward_of(beta: float, entropy: float) -> Reward:
+    """Quality is the probability of the truth, cost is multiply-adds; against what NOP would have given."""
+    return Reward(alpha=1.0, beta=beta, measure="probability", weight=1.0, entropy=entropy)
 
 
 def teach(policy: Policy, seen: Study, labels: Tensor, recipe: Recipe, beta: float, seed: int) -> list[float]:
@@ -177,7 +173,7 @@ def teach(policy: Policy, seen: Study, labels: Tensor, recipe: Recipe, beta: flo
     Returns:
         The mean expected reward of each epoch.
     """
-    settings = reward_of(beta)
+    settings = reward_of(beta, recipe.agent_entropy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=recipe.agent_decay)
     draw = torch.Generator().manual_seed(seed)
     rewards = []

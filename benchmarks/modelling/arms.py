@@ -139,7 +139,7 @@ ARMS: tuple[Arm, ...] = (
         "DynaLay (dynalay_cnn3)",
         Selecting(model="dynalay_cnn3", options=_CNN),
         "the paper's joint training, after 30 % of random choices; the paper's reward (0.5, 0.3, 0.2) never "
-        "iterates, so the benchmark 'dynalay''s is taken: likelihood, price 0.02",
+        "iterates, so likelihood and a price of 0.02 are taken",
         share={"small": 0.5},
     ),
     Arm(

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from ..errors import OptionError
 from .record import SelectionRecord
 
-__all__ = ["Reward", "closed_loss", "policy_loss", "reward"]
+__all__ = ["MEASURES", "Reward", "closed_loss", "policy_loss", "reward"]
 
-_MEASURES = ("accuracy", "likelihood")
+MEASURES = ("accuracy", "probability", "likelihood")
+"""How the quality of a prediction can be measured."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Reward:
         beta: weight of the cost, as a share of the network's multiply-adds, >= 0.
         repeat: penalty for each choice of the same layer that follows another, >= 0.
         weight: lambda, of the agent in the total loss, > 0.
-        measure: ``"accuracy"``: 1 where the prediction is right; ``"likelihood"``: the logarithm of the
-            probability of the truth, at least ``floor``: it says by how much, too.
+        measure: ``"accuracy"``: 1 where the prediction is right; ``"probability"``: that of the truth, the
+            accuracy expected of an answer drawn from the prediction, which moves with every change;
+            ``"likelihood"``: its logarithm, at least ``floor``, in which a few confident mistakes weigh most.
         floor: of the likelihood, negative.
         critic: weight of the squared error of the learned baseline, >= 0.
         entropy: weight of the entropy bonus, >= 0.
@@ -55,8 +57,8 @@ class Reward:
             raise OptionError("The reward's alpha and beta are both 0: it says nothing. Set one of them.")
         if not self.weight > 0:
             raise OptionError(f"Option weight of the reward must be positive; got {self.weight!r}.")
-        if self.measure not in _MEASURES:
-            raise OptionError(f"Option measure of the reward is one of {_MEASURES}; got {self.measure!r}.")
+        if self.measure not in MEASURES:
+            raise OptionError(f"Option measure of the reward is one of {MEASURES}; got {self.measure!r}.")
         if not self.floor < 0:
             raise OptionError(f"Option floor of the reward must be negative; got {self.floor!r}.")
 
@@ -66,7 +68,7 @@ class Reward:
             value = (logits.argmax(dim=1) == targets).float()
         else:
             value = -F.cross_entropy(logits.float(), targets, reduction="none")
-            value = value.clamp_min(self.floor)
+            value = value.exp() if self.measure == "probability" else value.clamp_min(self.floor)
         return value if value.dim() == 1 else value.flatten(1).mean(dim=1)
 
 
