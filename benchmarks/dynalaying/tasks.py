@@ -68,14 +68,14 @@ class Recipe:
 
     epochs: int = 20
     warm: float = 0.25
-    longer: float = 1.6
+    longer: float = 2.4
     batch: int = 64
     lr: float = 4e-3
     weight_decay: float = 1e-2
     clip: float = 2.0
     draws: tuple[int, ...] = (1, 2, 3)
-    share: float = 0.35
-    weights: tuple[float, ...] = (1.0, 1.0, 8.0)
+    share: float = 0.5
+    weights: tuple[float, ...] = (1.0, 8.0, 1.0)
     closed: float = 0.0
     hidden: int = 16
     scale: float = 1.0
