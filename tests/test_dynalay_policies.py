@@ -129,6 +129,30 @@ class TestEntropy:
             _net(policy=tw.policy("entropy", share=0.5, weights=(1, 1)))
 
 
+class TestGuide:
+    @pytest.mark.parametrize("name", ["dynalay", "halting", "twnn_controller"])
+    def test_another_policy_chooses_in_training_alone(self, name: str) -> None:
+        net, (x, _) = _net(policy=name), _data(20)
+        selection = _selection(net)
+        agent: Any = selection.policy
+        names = list(net.state_dict())
+        agent.follow(tw.policy("entropy", share=0.5, layer="layer1"))
+        assert list(net.state_dict()) == names
+        net.train()(x)
+        assert selection.last is not None and selection.last.counts.sum(dim=0).tolist() == [10, 0, 0]
+        loss = policy_loss(selection.last, net(x), torch.zeros(20, dtype=torch.long), Reward())
+        assert float(loss) == 0  # nothing is learnt from another's choices
+        own = net.eval()(x)
+        agent.follow(None)
+        torch.testing.assert_close(net(x), own)
+
+    def test_one_made_for_another_network(self) -> None:
+        agent: Any = _selection(_net(policy="dynalay")).policy
+        with pytest.raises(OptionError, match="one number for each"):
+            agent.follow(tw.policy("entropy", share=0.5, weights=(1, 2)))
+        assert agent.guide == ()
+
+
 class TestHalting:
     def test_it_goes_through_its_order_until_it_halts(self) -> None:
         net: Any = _net(policy=tw.policy("halting", order=("layer3", "layer1")), max_choices=5)

@@ -20,12 +20,14 @@ from torch.nn import functional as F
 import twnn_plugin as tw
 from twnn_plugin.errors import SelectionWarning
 from twnn_plugin.selection import selection_of
+from twnn_plugin.selection.learning import MEASURES
+from zoo import config as config_module
 from zoo.checkpoint import BEST, LAST, load_checkpoint
 from zoo.cli import main
 from zoo.config import TrainConfig, check_same_run
 from zoo.construct import construct, default_model
 from zoo.data.text import DocumentSplit, StreamSplit, TextSplits, load_text
-from zoo.errors import CheckpointError
+from zoo.errors import CheckpointError, ConfigError
 from zoo.objective import Objective
 from zoo.runstate import make_run_state
 from zoo.selecting import SelectionSums, collapse, make_selecting
@@ -117,6 +119,36 @@ class TestPhases:
         assert shares[1]["train_share_nop"] == 1.0
         assert records[0]["train_cost"] > 0.5 and records[1]["train_cost"] == 0
 
+    def test_or_on_the_least_certain_share_of_each_batch(self, verses):
+        records = []
+        model = construct(
+            "dynalay_lstm3", verses, TINY, policy="dynalay", policy_kwargs={"nop_bias": 50.0, "epsilon": 0.0}
+        )
+        train(
+            config(policy=None, policy_kwargs={}, epochs=2, main_share=0.25, agent_epochs=0, log_interval=0),
+            data=verses,
+            model=model,
+            callback=records.append,
+        )
+        # A quarter decides twice, once for one of three layers and then for none.
+        shares = [records[0][f"train_share_layer{n}"] for n in (1, 2, 3)]
+        assert sum(shares) == pytest.approx(0.2) and all(share > 0.02 for share in shares)
+        assert records[1]["train_share_nop"] == 1.0  # the agent's own choices again
+        assert model.selection.policy.guide == ()
+
+    def test_a_share_for_nothing(self, verses):
+        with pytest.raises(ConfigError, match="main_epochs is 0"):
+            config(main_share=0.5, main_epochs=0)
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            config(main_share=1.5)
+        with pytest.raises(ConfigError, match="does not learn"):
+            train(
+                config(
+                    policy="always", policy_kwargs={}, main_epochs=None, agent_epochs=None, main_share=0.5
+                ),
+                data=verses,
+            )
+
     def test_an_image_models_statistics_rest_with_it(self):
         model = construct("dynalay_cnn3", _digits(), {"max_iter": 5}, policy="dynalay", policy_kwargs=EAGER)
         before = split_state(model)[1]
@@ -156,6 +188,10 @@ def _digits():
     data = load_data("digits")
     few = torch.arange(64)
     return DataSplits(data.spec, data.train.subset(few), data.val.subset(few), data.test.subset(few))
+
+
+def test_the_measures_are_those_of_the_reward():
+    assert config_module.MEASURES == MEASURES
 
 
 class TestRecords:

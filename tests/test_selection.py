@@ -264,6 +264,21 @@ class TestReward:
         wanted[0] -= 0.1  # chose layer 2 twice in a row
         torch.testing.assert_close(value, wanted)
 
+    def test_quality_by_hand(self) -> None:
+        logits = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.999, 0.001]]).log()
+        targets = torch.tensor([0, 0, 1])
+        for measure, wanted in (
+            ("accuracy", [1.0, 0.0, 0.0]),
+            ("probability", [0.9, 0.2, 0.001]),
+            ("likelihood", [math.log(0.9), math.log(0.2), -4.0]),
+        ):
+            torch.testing.assert_close(Reward(measure=measure).quality(logits, targets), torch.tensor(wanted))
+
+    def test_quality_is_a_mean_over_positions(self) -> None:
+        logits = torch.tensor([[[0.9, 0.2], [0.1, 0.8]]]).log()
+        quality = Reward(measure="probability").quality(logits, torch.tensor([[0, 0]]))
+        torch.testing.assert_close(quality, torch.tensor([0.55]))
+
     def test_reinforce_is_the_gradient_of_the_expected_reward(self) -> None:
         # One decision, two actions that matter: the average over draws against the exact derivative.
         net = Net(tw.policy("dynalay", epsilon=0.2, nop_bias=0.3), iterated=["layer2"], max_choices=1)

@@ -99,8 +99,14 @@ class TrainConfig:
     main_epochs: int | None = _opt(
         None, "Epochs at first in which the main model learns and choices are random (default: a fifth)."
     )
+    main_share: float | None = _opt(
+        None,
+        "Share of each batch, the least certain samples, that iterates in these, each one layer at random "
+        "(default: every choice is random).",
+    )
     agent_epochs: int | None = _opt(
-        None, "Epochs after these in which the agent learns and the main model rests (default: a tenth)."
+        None,
+        "Epochs after the main ones in which the agent learns and the main model rests (default: a tenth).",
     )
     reward_alpha: float = _opt(0.5, "Agent: weight of the prediction's quality in the reward.")
     reward_beta: float = _opt(0.3, "Agent: weight of the cost, as a share of the model's multiply-adds.")
@@ -162,6 +168,11 @@ class TrainConfig:
         for name in ("main_epochs", "agent_epochs"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "at least 0")
+        self._require("main_share", self.main_share is None or 0 <= self.main_share <= 1, "between 0 and 1")
+        if self.main_share is not None and self.main_epochs == 0:
+            raise ConfigError(
+                f"main_share={self.main_share} would do nothing: main_epochs is 0. Leave one of them out."
+            )
         if (self.main_epochs or 0) + (self.agent_epochs or 0) > self.epochs:
             raise ConfigError(
                 f"main_epochs={self.main_epochs} and agent_epochs={self.agent_epochs} are more than "

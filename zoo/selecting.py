@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from twnn_plugin.errors import SelectionWarning
+from twnn_plugin.policies.entropy import EntropyPolicy
 from twnn_plugin.selection import LayerSelection, Reward, SelectionRecord, selection_of
 from twnn_plugin.selection.learning import reward as reward_of
-from twnn_plugin.selection.protocols import Learner
+from twnn_plugin.selection.protocols import Follower, Learner
 
 from .config import TrainConfig
 from .errors import ConfigError
@@ -20,12 +21,13 @@ from .errors import ConfigError
 __all__ = ["PHASES", "Selecting", "SelectionSums", "collapse", "make_selecting", "reward_from", "rewards_of"]
 
 PHASES = ("main", "agent", "both")
-"""Who learns: the main model, with choices at random; the agent, while the main model rests; both."""
+"""Who learns: the main model, with choices at random or by a rule; the agent, while the main model rests;
+both."""
 
 COLLAPSED = 0.98
 _LEARNING = (
-    *("policy_lr", "main_epochs", "agent_epochs", "reward_alpha", "reward_beta", "reward_lambda"),
-    *("reward_repeat", "reward_entropy", "reward_measure"),
+    *("policy_lr", "main_epochs", "main_share", "agent_epochs", "reward_alpha", "reward_beta"),
+    *("reward_lambda", "reward_repeat", "reward_entropy", "reward_measure"),
 )
 
 
@@ -117,6 +119,11 @@ class Selecting:
                 f"main_epochs={self.main_epochs} and agent_epochs={self.agent_epochs} are more than "
                 f"epochs={config.epochs} together; take fewer."
             )
+        if config.main_share is not None and not isinstance(self.learner, Follower):
+            raise ConfigError(
+                f"main_share={config.main_share} needs an agent that lets a rule choose meanwhile, as "
+                f"'dynalay' does; policy {config.policy!r} has no method 'follow'. Leave it out."
+            )
 
     @property
     def agent(self) -> list[nn.Parameter]:
@@ -139,6 +146,7 @@ class Selecting:
         if self.learner is None:
             return
         self.learner.explore(1.0 if phase == "main" else None)
+        self._guide(phase == "main")
         mine = {id(parameter) for parameter in self.agent}
         everyone = list(model.parameters())
         rests = {"main": True, "agent": False}
@@ -150,9 +158,17 @@ class Selecting:
             self.selection.policy.train()
 
     def end(self) -> None:
-        """Give the policy its own schedule of exploration back."""
+        """Give the policy its choices and its own schedule of exploration back."""
         if self.learner is not None:
             self.learner.explore(None)
+            self._guide(False)
+
+    def _guide(self, wanted: bool) -> None:
+        share = self.config.main_share
+        if share is None or not isinstance(self.learner, Follower):
+            return
+        alike = [1.0] * len(self.selection.iterated)
+        self.learner.follow(EntropyPolicy(share=share, weights=alike) if wanted else None)
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep what rests as it is: without a gradient there is no update and no weight decay either."""

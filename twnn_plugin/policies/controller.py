@@ -44,7 +44,7 @@ class ControllerPolicy(LearningPolicy):
     def build(self, inputs: int, layers: int) -> None:
         self.choose_among(inputs, 1 + 2 * layers, self.forward_bias)
 
-    def select(self, view: SelectionView) -> Selection:
+    def decide(self, view: SelectionView) -> Selection:
         inputs = self.perceived(view)
         with torch.autocast(inputs.device.type, enabled=False):
             scores = self.score(self.body(inputs))

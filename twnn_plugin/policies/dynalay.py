@@ -73,7 +73,7 @@ class DynaLayPolicy(LearningPolicy):
     def build(self, inputs: int, layers: int) -> None:
         self.choose_among(inputs, layers + 1, self.nop_bias)
 
-    def select(self, view: SelectionView) -> Selection:
+    def decide(self, view: SelectionView) -> Selection:
         scores = self.scores(view)
         count = len(view.layers)
         if not self.training:

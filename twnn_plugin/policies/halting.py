@@ -68,7 +68,7 @@ class HaltingPolicy(LearningPolicy):
         nn.init.normal_(last.weight, std=0.01)
         nn.init.constant_(last.bias, math.log(self.prior / (1 - self.prior)))
 
-    def select(self, view: SelectionView) -> Selection:
+    def decide(self, view: SelectionView) -> Selection:
         order = tuple(reversed(view.layers)) if self.order is None else self.order
         count = len(view.layers)
         if view.step >= len(order):

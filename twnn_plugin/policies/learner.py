@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .base import SelectionPolicy
+from .base import Policy, SelectionPolicy
 from .selection import Selection, SelectionView
 
 __all__ = ["LearningPolicy", "perceive"]
@@ -52,7 +52,7 @@ class LearningPolicy(SelectionPolicy):
     """A policy that learns: it belongs to one network, and makes a share of its choices at random in
     training.
 
-    A subclass builds its networks in :meth:`build` and picks in :meth:`select`.
+    A subclass builds its networks in :meth:`build` and picks in :meth:`decide`.
 
     Args:
         name: as it is registered, for messages.
@@ -75,6 +75,7 @@ class LearningPolicy(SelectionPolicy):
         self.hidden, self.anneal = hidden, anneal
         self.epsilon, self.final_epsilon = epsilon, epsilon if final_epsilon is None else final_epsilon
         self.override: float | None = None
+        self.guide: tuple[Policy, ...] = ()  # in a tuple, so that it does not become a child
         self.layers: tuple[str, ...] = ()
         self.widths: tuple[int, ...] = ()
         self.trained: Tensor
@@ -91,6 +92,13 @@ class LearningPolicy(SelectionPolicy):
             return
         self.layers, self.widths = tuple(layers), tuple(widths)
         self.build(sum(widths) + _METRICS + 2 * len(layers), len(layers))
+
+    def select(self, view: SelectionView) -> Selection:
+        return self.guide[0].select(view) if self.guide and self.training else self.decide(view)
+
+    @abstractmethod
+    def decide(self, view: SelectionView) -> Selection:
+        """The agent's own choice: which layer each of the (b,) samples iterates next; none: it is done."""
 
     @abstractmethod
     def build(self, inputs: int, layers: int) -> None:
@@ -132,6 +140,18 @@ class LearningPolicy(SelectionPolicy):
         if share is not None and not 0 <= share <= 1:
             raise OptionError(f"A share of random choices is in [0, 1]; got {share!r}.")
         self.override = share
+
+    def follow(self, guide: Policy | None) -> None:
+        """Leave the choices in training to another policy, from which nothing is learnt; None: no longer.
+
+        For the warm-up of the network that the agent belongs to. The agent stays part of that network.
+
+        Raises:
+            OptionError: the guide was made for another network.
+        """
+        if guide is not None:
+            guide.bind(self.layers, self.widths)
+        self.guide = () if guide is None else (guide,)
 
     def stepped(self) -> None:
         """Called once for each training step: the share of random choices falls."""

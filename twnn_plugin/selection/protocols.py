@@ -6,7 +6,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["CostWeighted", "Counted", "Learner"]
+from ..policies import Policy
+
+__all__ = ["CostWeighted", "Counted", "Follower", "Learner"]
 
 
 @runtime_checkable
@@ -31,6 +33,15 @@ class Learner(Protocol):
 
     def explore(self, share: float | None) -> None:
         """Make this share of choices at random in training, 1 all; None: what the policy's schedule says."""
+        ...
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A policy that can leave its choices in training to another one."""
+
+    def follow(self, guide: Policy | None) -> None:
+        """Let ``guide`` choose in training; None: no longer."""
         ...
 
 
