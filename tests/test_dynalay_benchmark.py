@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks.dynalay import DynaLay
-from benchmarks.dynalaying import judge, report
+from benchmarks.dynalaying import judge, report, tasks, train
 from benchmarks.harness import Settings
+from twnn_plugin.selection import selection_of
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,35 @@ def test_random_is_the_expectation_over_draws() -> None:
     # Half iterate: layer 1 and layer 2 alike, at 1.5 on average; right with 1/2, 1/2 and 1.
     assert found["cost"] == pytest.approx(0.75)
     assert found["accuracy"] == pytest.approx(100 * (0.5 * 0.5 + 0.5 * 0.75))
+
+
+def test_the_least_certain_half_of_a_batch_is_trained_to_iterate() -> None:
+    task = tasks.QUICK["fashion_mnist"]
+    data, model = tasks.parts(task), tasks.dynalay(task)
+    fitting = train._Fit(model, task.recipe, data, seed=0, factor=1.0)
+    batch = data["train"].rows(torch.arange(40))
+    fitting.explore(0)
+    fitting.loss(batch)
+    selection = selection_of(model)
+    assert selection is not None and selection.last is not None
+    assert not bool(selection.last.iterated.any())  # the warm-up
+    fitting.explore(fitting.warm)
+    fitting.loss(batch)
+    opened = selection.last.iterated
+    probability = selection.last.closed.softmax(dim=1)
+    entropy = -(probability * probability.log()).sum(dim=1)
+    assert int(opened.sum()) == 20 and float(entropy[opened].min()) >= float(entropy[~opened].max())
+
+
+def test_the_agent_is_picked_by_the_probability_of_the_truth_within_the_budget() -> None:
+    points: list[dict[str, Any]] = [
+        {"name": "cheap", "accuracy": 90.0, "probability": 80.0, "cost": 0.1},
+        {"name": "likelier", "accuracy": 89.0, "probability": 81.0, "cost": 0.3},
+        {"name": "dear", "accuracy": 92.0, "probability": 85.0, "cost": 0.4},
+    ]
+    assert [judge._pick(points, budget)["name"] for budget in (1.05, 1.2, 1.35, 2.0)] == [
+        *("cheap", "cheap", "likelier", "dear")
+    ]
 
 
 def test_differences_are_taken_seed_by_seed() -> None:

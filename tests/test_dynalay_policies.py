@@ -96,6 +96,13 @@ class TestEntropy:
         net(_data(8)[0])
         assert int(_selection(net).last.iterated.sum()) == opened  # type: ignore[union-attr]
 
+    def test_a_broken_sample_takes_no_others_place(self) -> None:
+        net, x = _net(policy=tw.policy("entropy", share=0.5)), _data(8)[0].clone()
+        x[3] = torch.nan
+        net(x)
+        opened = _selection(net).last.iterated  # type: ignore[union-attr]
+        assert int(opened.sum()) == 4 and not bool(opened[3])
+
     def test_an_empty_batch(self) -> None:
         net = _net(policy=tw.policy("entropy", share=0.5, weights=(1, 1, 1)))
         assert net(torch.zeros(0, 1, 16, 16)).shape == (0, 5)

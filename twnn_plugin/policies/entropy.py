@@ -69,13 +69,14 @@ class EntropyPolicy(SelectionPolicy):
             )
 
     def select(self, view: SelectionView) -> Selection:
-        goes = (self._uncertain(view.entropy)) & (view.step == 0)
+        goes = self._uncertain(view.entropy) & (view.step == 0)
         return Selection(Selection.of_actions(torch.where(goes, self._layers(view) + 1, 0), len(view.layers)))
 
     def _uncertain(self, entropy: Tensor) -> Tensor:
         if self.share is None:
             return entropy > self.threshold
-        most = entropy.topk(round(self.share * entropy.numel())).indices
+        known = entropy.nan_to_num(nan=-1.0)  # a broken sample takes no other's place
+        most = known.topk(round(self.share * known.numel())).indices
         return torch.zeros_like(entropy, dtype=torch.bool).index_fill(0, most, True)
 
     def _layers(self, view: SelectionView) -> Tensor:
