@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -171,9 +172,10 @@ def teach(policy: Policy, seen: Study, labels: Tensor, recipe: Recipe, beta: flo
         seed: of the order.
 
     Returns:
-        The mean expected reward of each epoch.
+        The mean expected reward of each epoch, the weight of the entropy left out.
     """
     settings = reward_of(beta, recipe.agent_entropy)
+    reward = replace(settings, entropy=0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=recipe.agent_decay)
     draw = torch.Generator().manual_seed(seed)
     rewards = []
@@ -181,11 +183,13 @@ def teach(policy: Policy, seen: Study, labels: Tensor, recipe: Recipe, beta: flo
         policy.train()
         total = []
         for rows in torch.randperm(len(labels), generator=draw).split(256):
-            loss = informed_loss(policy, seen.rows(rows), labels[rows], settings)
+            part = seen.rows(rows)
+            with torch.no_grad():
+                total.append(-float(informed_loss(policy, part, labels[rows], reward)))
+            loss = informed_loss(policy, part, labels[rows], settings)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total.append(-float(loss.detach()))
         rewards.append(sum(total) / len(total))
     policy.eval()
     return rewards
