@@ -124,10 +124,10 @@ def _agents(task: Task, runs: Runs, path: Path) -> Path:
     accuracy = [mean(d["betas"][p]["accuracy"] for d in found) for p in places]
     twin.plot(places, accuracy, "--", color=GREEN, label="accuracy")
     twin.set_ylabel("validation accuracy, %")
-    axes[1].set_xticks(places, [f"{entry['beta']:g}" for entry in found[0]["betas"]])
+    axes[1].set_xticks(places, [f"{entry['beta']:g}" for entry in found[0]["betas"]], fontsize=8)
     axes[1].set(xlabel="price of cost, beta", ylabel="share of the choices, %", title="Figure 5b")
     handles = [*axes[1].get_lines(), *twin.get_lines()]
-    axes[1].legend(handles, [str(h.get_label()) for h in handles], frameon=False, fontsize=8)
+    axes[1].legend(handles, [str(h.get_label()) for h in handles], fontsize=8, loc="center left")
     figure.suptitle(task.title)
     figure.tight_layout()
     return save(figure, path)

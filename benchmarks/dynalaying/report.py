@@ -127,9 +127,9 @@ def _table1(title: str, runs: Runs) -> Table:
         (
             "Mean and range over seeds. Multiply-adds relative to DynaLay's pass with nothing iterated. "
             "Times of one update of 64 images in training: in DynaLay's own row with its agent's choices and "
-            "the implicit adjoint; beside a DEQ as it is trained, every image iterated and differentiated "
-            "through one to three evaluations, in turn with the DEQ. The training of DEQs is not counted in "
-            "multiply-adds.",
+            "the implicit adjoint; beside a DEQ as it is trained, half of the images iterated and "
+            "differentiated through one to three evaluations, in turn with the DEQ. The training of DEQs is "
+            "not counted in multiply-adds.",
         ),
     )
 
