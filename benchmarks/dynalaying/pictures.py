@@ -127,9 +127,10 @@ def _agents(task: Task, runs: Runs, path: Path) -> Path:
     axes[1].set_xticks(places, [f"{entry['beta']:g}" for entry in found[0]["betas"]], fontsize=8)
     axes[1].set(xlabel="price of cost, beta", ylabel="share of the choices, %", title="Figure 5b")
     handles = [*axes[1].get_lines(), *twin.get_lines()]
-    axes[1].legend(handles, [str(h.get_label()) for h in handles], fontsize=8, loc="center left")
+    labels = [str(h.get_label()) for h in handles]
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(handles), loc="lower right")
     figure.suptitle(task.title)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     return save(figure, path)
 
 
