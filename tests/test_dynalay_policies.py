@@ -125,6 +125,9 @@ class TestEntropy:
             ({"share": 1.5}, "share .* in .0, 1."),
             ({"threshold": -1.0}, "threshold"),
             ({"weights": (0, 0, 0)}, "sum to more than 0"),
+            ({"weights": (1, -1, 1)}, "numbers >= 0"),
+            ({"weights": 1}, "numbers >= 0"),
+            ({"weights": ("a", "b", "c")}, "numbers >= 0"),
         ],
     )
     def test_bad_options(self, options: dict[str, Any], message: str) -> None:

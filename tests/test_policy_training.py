@@ -137,8 +137,9 @@ class TestPhases:
         assert model.selection.policy.guide == ()
 
     def test_a_share_for_nothing(self, verses):
-        with pytest.raises(ConfigError, match="main_epochs is 0"):
-            config(main_share=0.5, main_epochs=0)
+        for epochs in (0, None):  # a fifth of three epochs is none
+            with pytest.raises(ConfigError, match="main_epochs is 0"):
+                train(config(main_share=0.5, main_epochs=epochs), data=verses)
         with pytest.raises(ConfigError, match="between 0 and 1"):
             config(main_share=1.5)
         with pytest.raises(ConfigError, match="does not learn"):

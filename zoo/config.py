@@ -169,10 +169,6 @@ class TrainConfig:
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "at least 0")
         self._require("main_share", self.main_share is None or 0 <= self.main_share <= 1, "between 0 and 1")
-        if self.main_share is not None and self.main_epochs == 0:
-            raise ConfigError(
-                f"main_share={self.main_share} would do nothing: main_epochs is 0. Leave one of them out."
-            )
         if (self.main_epochs or 0) + (self.agent_epochs or 0) > self.epochs:
             raise ConfigError(
                 f"main_epochs={self.main_epochs} and agent_epochs={self.agent_epochs} are more than "

@@ -119,6 +119,11 @@ class Selecting:
                 f"main_epochs={self.main_epochs} and agent_epochs={self.agent_epochs} are more than "
                 f"epochs={config.epochs} together; take fewer."
             )
+        if config.main_share is not None and not self.main_epochs:
+            raise ConfigError(
+                f"main_share={config.main_share} would do nothing: main_epochs is 0 (by default a fifth of "
+                f"epochs={config.epochs}). Set main_epochs to 1 or more, or leave main_share out."
+            )
         if config.main_share is not None and not isinstance(self.learner, Follower):
             raise ConfigError(
                 f"main_share={config.main_share} needs an agent that lets a rule choose meanwhile, as "

@@ -28,10 +28,11 @@ def check_weights(
     """
     if weights is None:
         return None
-    if min(weights, default=0) < 0 or not sum(weights) > 0:
+    numbers = isinstance(weights, Sequence) and all(isinstance(w, (int, float)) for w in weights)
+    if not numbers or min(weights, default=0) < 0 or not sum(weights) > 0:
         raise OptionError(
-            f"Option weights of policy {policy!r} must be numbers >= 0 that sum to more than 0; got "
-            f"{weights!r}."
+            f"Option weights of policy {policy!r} must be numbers >= 0 that sum to more than 0, one for each "
+            f"layer; got {weights!r}."
         )
     if layers is not None and len(weights) != len(layers):
         raise OptionError(
