@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import twnn_plugin as tw
@@ -17,9 +18,7 @@ from benchmarks.training import report
 from benchmarks.training.judge import (
     GATES,
     Pass,
-    Unsure,
     correct,
-    entropy,
     judge_wormhole,
     percent,
     random_gate,
@@ -28,6 +27,7 @@ from benchmarks.training.judge import (
 )
 from benchmarks.training.loop import BACKWARD, fit, forward_cost, open_up
 from benchmarks.training.tasks import QUICK, TASKS, Part, build, parts
+from benchmarks.training.unsure import Unsure, entropy
 from benchmarks.wormholes import Wormholes
 
 TASK = replace(QUICK["cued_digits"], rows=128)
@@ -82,6 +82,41 @@ def test_a_wormhole_that_begins_late_continues_the_plain_run(made):
     full = fit(TASK, replace(late, opening=replace(late.opening, begins=0.0)), made["train"], 0)[1]
     assert spent - plain == pytest.approx((full - plain) / 2)
     assert hasattr(model, "wormholes")
+
+
+def test_each_path_is_taught_by_the_samples_that_it_answers_for(made):
+    task = TASKS["fashion_mnist"]
+    torch.manual_seed(0)
+    model, opening = build(task, task.arm("wormhole")), replace(task.arm("wormhole").opening, taught=0.25)
+    unsure = open_up(model, opening)
+    assert unsure is not None
+    with torch.no_grad():
+        model.closed_head.heads[0].weight.add_(torch.randn_like(model.closed_head.heads[0].weight))
+    images, labels = torch.randn(16, 1, 14, 14), torch.zeros(16, dtype=torch.long)
+    answers = model.train()(images)
+    (record,) = tw.report(model)
+    closed, opened = tw.closed_logits(model), record.open
+    assert opened.sum() == 4 and record.evaluations == 4 * max(opening.draws)
+    assert entropy(closed)[opened].min() > entropy(closed)[~opened].max()
+    assert torch.equal(answers[~opened], closed[~opened])
+    assert not torch.equal(answers[opened], closed[opened])
+    # The closed head learns nothing from the samples that are iterated, the open one nothing from the others.
+    losses = F.cross_entropy(answers, labels, reduction="none")
+    heads = model.fc.weight, model.closed_head.heads[0].weight
+    mine, others = torch.autograd.grad(losses[opened].sum(), heads, retain_graph=True, materialize_grads=True)
+    assert mine.any() and not others.any()
+    mine, others = torch.autograd.grad(losses[~opened].sum(), heads, materialize_grads=True)
+    assert others.any() and not mine.any()
+
+
+def test_a_share_that_is_taught_costs_that_share(made):
+    arm = TASK.arm("wormhole")
+    some = replace(arm, opening=replace(arm.opening, draws=(1,), taught=0.25))
+    model, spent = fit(TASK, some, made["train"], 0)
+    every = fit(TASK, replace(some, opening=replace(some.opening, taught=1.0)), made["train"], 0)[1]
+    plain = fit(TASK, TASK.arm("plain"), made["train"], 0)[1]
+    assert spent - plain == pytest.approx((every - plain) / 4)
+    assert not any(isinstance(module, Unsure) for module in model.modules())
 
 
 def test_the_entropy_gate_opens_the_unsure_and_no_others(made):

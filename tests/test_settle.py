@@ -13,13 +13,13 @@ from twnn_plugin.blocks import Feedback, SolveSettings, settle
 class Union(nn.Module):
     """Three layers a, b, c; a wormhole from c's output to a's input, one inside it from b to b."""
 
-    def __init__(self, policies=("always", "always"), **settings):
+    def __init__(self, policies=("always", "always"), gate="straight_through", **settings):
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 4)
         x = torch.zeros(2, 4)
         solve = SolveSettings().changed(**{"tol": 1e-12, "max_iter": 200, **settings})
-        gate = tw.blocks.wormhole.gate_factory("straight_through")
+        gate = tw.blocks.wormhole.gate_factory(gate)
         made = [tw.policy(policy) if isinstance(policy, str) else policy for policy in policies]
         ends = [("c->a", x, torch.zeros(2, 4)), ("b->b", torch.zeros(2, 6), torch.zeros(2, 5))]
         self.parts = nn.ModuleList(
@@ -117,6 +117,37 @@ def test_a_group_in_training_and_its_closed_rows():
     found[0].square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.any()), name
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "unrolled"])
+def test_closed_rows_cost_nothing_in_training_where_no_gate_learns_from_them(adjoint):
+    policies, x = (FirstRows(2), "never"), inputs()
+    model = Union(policies, gate="always", adjoint=adjoint, max_iter=60, tol=1e-9).train()
+    found = model(x)
+    record = model.parts[0].last
+    again = 2 if adjoint == "implicit" else 0  # at the solution, for the gradient
+    assert record.evaluations == int(record.steps.sum()) + again > again
+    # As if the open rows had come alone and the others had gone through the plain network.
+    sum(value.square().sum() for value in found).backward()
+    mine = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    alone = model(x[:2])
+    plain = model.replay(x[2:], (None, None))
+    for value, opened, closed in zip(found, alone, plain, strict=True):
+        assert torch.equal(value[2:], closed)
+        torch.testing.assert_close(value[:2], opened)
+    sum(value.square().sum() for value in (*alone, *plain)).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(mine[name], p.grad, msg=name)
+
+
+def test_a_training_pass_in_which_nothing_opens_evaluates_nothing_and_leaves_gradients():
+    model, x = Union((FirstRows(0), "never"), gate="always").train(), inputs()
+    found = model(x)
+    assert model.parts[0].last.evaluations == 0 and not model.parts[0].last.open.any()
+    found[0].square().sum().backward()
+    assert model.a.weight.grad.any()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parts.parameters())
 
 
 class Unsettled(nn.Module):

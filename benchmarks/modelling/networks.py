@@ -25,9 +25,10 @@ import zoo.models  # noqa: F401  (registers the models with timm)
 from twnn_plugin.policies.dynalay import DynaLayPolicy
 from twnn_plugin.selection import Reward, closed_loss, policy_loss, selection_of
 
-from ..training.judge import Unsure, correct, entropy, percent, run_over
+from ..training.judge import correct, percent, run_over
 from ..training.loop import open_up
 from ..training.tasks import Opening, Part
+from ..training.unsure import Unsure, entropy
 
 __all__ = ["Deep", "Equilibrium", "Network", "Selecting", "Shape", "Timm", "Wormhole"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,53 +10,16 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import twnn_plugin as tw
-from twnn_plugin.policies import Policy
-from twnn_plugin.types import PolicyView
 
 from .tasks import Opening, Part
+from .unsure import Unsure, entropy
 
-__all__ = ["Unsure", "judge_plain", "judge_wormhole"]
+__all__ = ["judge_plain", "judge_wormhole"]
 
 _BATCH = 500
 GATES = ("entropy", "learned")
 SETTLED = 1e-3
 """Tolerance at which the share of samples that have a fixed point is told."""
-
-
-class Unsure(Policy):
-    """Opens where the closed head's prediction has an entropy above a threshold.
-
-    Args:
-        model: with a closed head and one wormhole, whose source's open-loop output is looked at.
-        source: path of the source, a stage of timm's basic blocks.
-        threshold: nats.
-    """
-
-    def __init__(self, model: nn.Module, source: str, threshold: float = math.inf):
-        super().__init__()
-        self.threshold = threshold
-        self.entropy: Tensor = torch.zeros(0)
-        self._answer = [model]  # in a list: the model is not a child of its own policy
-        self._out: Tensor | None = None
-        # The innermost module that gives the stage's output: the wormhole replaces it further out, or later.
-        last: Any = list(model.get_submodule(source).children())[-1]
-        last.act2.register_forward_hook(self._keep, prepend=True)
-
-    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._out = output
-
-    def forward(self, view: PolicyView) -> Tensor:
-        model: Any = self._answer[0]
-        assert self._out is not None
-        with torch.no_grad():
-            logits = model.closed_head.heads[0](model.global_pool(self._out))
-        self.entropy = entropy(logits)
-        return self.entropy > self.threshold
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """(N,) in nats."""
-    return torch.distributions.Categorical(logits=logits.float()).entropy()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import twnn_plugin as tw
 
 from .cycle import one_cycle
 from .tasks import Arm, Opening, Part, Recipe, Task, build
+from .unsure import Unsure
 
 __all__ = ["BACKWARD", "fit", "forward_cost", "open_up"]
 
@@ -32,8 +33,12 @@ def forward_cost(model: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def open_up(model: nn.Module, opening: Opening) -> None:
-    """Attach the wormhole, with a closed head, for training: every sample is iterated."""
+def open_up(model: nn.Module, opening: Opening) -> Unsure | None:
+    """Attach the wormhole, with a closed head, for training.
+
+    Returns:
+        The policy that says which samples of a batch are iterated; None: all of them are.
+    """
     tw.attach(
         model,
         wormholes=opening.span,
@@ -49,6 +54,11 @@ def open_up(model: nn.Module, opening: Opening) -> None:
         max_iter=max(opening.draws),
     )
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if opening.taught >= 1:
+        return None
+    unsure = Unsure(model, opening.span.partition("->")[0], share=opening.taught)
+    tw.configure(model, policy=unsure)
+    return unsure
 
 
 def fit(task: Task, arm: Arm, part: Part, seed: int) -> tuple[nn.Module, int]:
@@ -75,6 +85,7 @@ class _Fit:
         self.model = build(task, arm)
         self.cost = forward_cost(self.model, part.images[:1])
         self.each: int | None = None
+        self.unsure: Unsure | None = None
         self.draw = torch.Generator().manual_seed(seed + 1000)
         self.epochs = max(1, round(recipe.epochs * arm.factor))
         self.total = self.epochs * (len(part.labels) // recipe.batch)
@@ -85,7 +96,7 @@ class _Fit:
         optimizer = self._optimizer(0)
         for update, rows in enumerate(self._batches()):
             if update == begins and self.opening is not None:
-                open_up(self.model, self.opening)
+                self.unsure = open_up(self.model, self.opening)
                 optimizer = self._optimizer(update)
             self.model.train()
             loss = self._loss(*self._images(rows))
@@ -94,6 +105,9 @@ class _Fit:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
             optimizer.step()
             self.schedule.step()
+        if self.unsure is not None:
+            self.unsure.leave()
+            tw.configure(self.model, policy="always")
         return self.model.eval(), round(self.spent)
 
     def _optimizer(self, done: int) -> torch.optim.Optimizer:

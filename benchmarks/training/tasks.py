@@ -51,8 +51,10 @@ class Opening:
         span: from where to where.
         draws: replays in training; each update draws one of them.
         begins: share of the training after which the wormhole is attached to what was a plain network.
+        taught: share of each batch that is iterated in training, those of which the closed head is least
+            sure; the others are answered by it. 1: all are iterated.
         scale: initial scale of the message.
-        closed_weight: of the closed head's loss.
+        closed_weight: of the closed head's loss on all samples, beside that of the answers.
         share: wanted share of open samples, the headline figure.
         shares: all of the shares that are looked at.
         tolerances: of the solve in use; the one that does best on validation data is taken.
@@ -62,6 +64,7 @@ class Opening:
     span: str
     draws: tuple[int, ...]
     begins: float = 0.0
+    taught: float = 1.0
     scale: float = 0.5
     closed_weight: float = 0.5
     share: float = 0.5

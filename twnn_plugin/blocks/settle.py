@@ -192,10 +192,11 @@ class _Solve(Alike):
         return tuple(o.index_copy(0, kept, v[settled]) for o, v in zip(self.outs, values, strict=True))
 
     def _settle_all(self, opened: Tensor) -> tuple[Tensor, ...]:
-        """Solve with gradients for every row, closed ones included, so that each gate can learn.
+        """Solve with gradients: for every row, closed ones included, where a gate learns from its message.
 
         Closed rows are at their solution already. In the differentiated evaluation their message
-        enters with value zero and the gradient it would have at the gate's probability.
+        enters with value zero and the gradient it would have at the gate's probability. Gates that do not
+        learn, or from difficulty, have no use for it: then the open rows alone are solved for.
         """
         levers: list[Tensor] = []
         for choice in self.choices:
@@ -213,33 +214,51 @@ class _Solve(Alike):
                 signals.append(signal + self._scaled(i, fixed, lever))
             return self._replay(index, entry, tuple(signals), rest[4 * count :])
 
+        # Where no gate learns from its lever, closed rows keep their open-loop value, and its gradient.
+        alone = not any(lever.requires_grad for lever in levers) and not bool(opened.all())
+        rows = torch.nonzero(opened).flatten() if alone else None
+        if rows is not None and not rows.numel():
+            self._note(opened, None, None)
+            return self._watched(self.outs)
         index = torch.arange(opened.shape[0], device=opened.device)
-        context = (index, self.entry, *levers, *self.constants)
+        given, outs = (index, self.entry, *levers, *self.constants), self.outs
+        context = given if rows is None else tuple(c.index_select(0, rows) for c in given)
+        if rows is not None:
+            outs = tuple(out.index_select(0, rows) for out in outs)
         solver, adjoint = self.settings.made
         # A gradient that is zero at a solution need not be carried back through the open-loop pass.
         constant = isinstance(adjoint, (Implicit, OneStep, Phantom))
-        start = self._pack([out.detach() if constant else out for out in self.outs])
-        control = self.settings.control
-        solution = run(f, start, context, control, solver, adjoint, settled=~opened)
+        start = self._pack([out.detach() if constant else out for out in outs])
+        settled = ~opened if rows is None else None
+        solution = run(f, start, context, self.settings.control, solver, adjoint, settled=settled)
         values = list(self._unpack(solution.value))
-        replaced = self._mend(values, solution, f, context, adjoint.exact)
-        self._note(opened, solution, None, replaced)
-        self._keep(f, solution, context, opened)
-        for place in range(len(values)):
+        replaced = self._mend(values, outs, solution, f, context, adjoint.exact)
+        self._keep(f, solution, context, opened if rows is None else opened[rows])
+        if rows is not None:
+            values = [o.index_copy(0, rows, v) for o, v in zip(self.outs, values, strict=True)]
+            replaced = torch.zeros_like(opened).index_copy(0, rows, replaced)
+        self._note(opened, solution, rows, replaced)
+        return self._watched(values)
+
+    def _watched(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The settled outputs, whose gradients teach the gates that learn from difficulty."""
+        watched = list(values)
+        for place in range(len(watched)):
             for part, choice in zip(self.parts, self.choices, strict=True):
                 if choice.margin is not None:
-                    values[place] = watch_difficulty(values[place], choice.margin, part.gate.share())
-        return tuple(values)
+                    watched[place] = watch_difficulty(watched[place], choice.margin, part.gate.share())
+        return tuple(watched)
 
     def _mend(
         self,
         values: list[Tensor],
+        outs: Sequence[Tensor],
         solution: Solution,
         f: Callable[..., Any],
         context: tuple[Tensor, ...],
         exact: bool,
     ) -> Tensor:
-        """Give failed rows a value and a gradient that mean something; (B,) bool: open-loop rows."""
+        """Give failed rows a value and a gradient that mean something; (b,) bool: open-loop rows."""
         status = solution.status
         broken = status == int(Status.non_finite)
         lost = (status == int(Status.max_iter)) | (status == int(Status.diverged))
@@ -252,10 +271,10 @@ class _Solve(Alike):
             for i, (last, step) in enumerate(zip(self._unpack(state), stepped, strict=True)):
                 values[i] = values[i].index_copy(0, rows, last + (step - step.detach()))
         if bool(broken.any()):
-            for out in self.outs:  # a row that came in broken stays so
+            for out in outs:  # a row that came in broken stays so
                 broken = broken & torch.isfinite(out.detach()).flatten(1).all(dim=1)
             rows = torch.nonzero(broken).flatten()
-            for i, out in enumerate(self.outs):
+            for i, out in enumerate(outs):
                 values[i] = values[i].index_copy(0, rows, out[rows])
         return broken
 
