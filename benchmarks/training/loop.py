@@ -142,7 +142,8 @@ class _Fit:
         beside = tw.closed_loss(self.model, F.cross_entropy, labels)
         assert beside is not None
         (record,) = tw.report(self.model)
-        if self.each is None:
-            self.each = record.multiply_adds // record.evaluations
-        self.spent += (1 + BACKWARD) * self.each * record.evaluations
+        if record.evaluations:
+            if self.each is None:
+                self.each = record.multiply_adds // record.evaluations
+            self.spent += (1 + BACKWARD) * self.each * record.evaluations
         return loss + beside
