@@ -145,6 +145,23 @@ def test_the_entropy_gate_opens_the_unsure_and_no_others(made):
     assert 0 < gated.extra < opened.extra
 
 
+def test_within_a_budget_the_share_is_chosen_on_validation_images(made, trained):
+    (model, _), opening = trained
+    cost = forward_cost(build(TASK, TASK.arm("plain")), made["train"].images[:1])
+    both = {"val": made["val"], "test": made["val"]}
+    chosen = []
+    for most in (1.0, 1.5, 9.0):
+        found = judge_wormhole(deepcopy(model), replace(opening, most=most), both, cost)
+        gated, curve = found["gated"], found["gates"]["entropy"]["curve"]
+        assert gated["wanted"] in opening.shares
+        within = [p["accuracy"] for p in curve if p["cost"] <= most * cost] or [0.0]
+        point = next(p for p in curve if p["wanted"] == gated["wanted"])
+        assert point["accuracy"] >= max(within) - 0.1
+        assert point["cost"] <= most * cost or gated["wanted"] == min(opening.shares)
+        chosen.append(gated["wanted"])
+    assert chosen[0] == min(opening.shares)
+
+
 def test_nothing_is_chosen_on_the_test_part(made, trained):
     (model, _), opening = trained
     cost = forward_cost(build(TASK, TASK.arm("plain")), made["train"].images[:1])

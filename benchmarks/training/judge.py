@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,8 @@ def judge_plain(model: nn.Module, parts: dict[str, Part]) -> dict[str, Any]:
 def judge_wormhole(model: nn.Module, opening: Opening, parts: dict[str, Part], base: int) -> dict[str, Any]:
     """Accuracy closed, open and gated, cost, gates against chance, steps.
 
-    The tolerance, the kind of gate and its thresholds are chosen on the validation part.
+    The tolerance, the kind of gate and its thresholds are chosen on the validation part; the share of open
+    samples, too, where the opening has a budget.
 
     Args:
         model: trained.
@@ -107,9 +108,12 @@ def judge_wormhole(model: nn.Module, opening: Opening, parts: dict[str, Part], b
         tw.configure(model, tol=tol)
         seen = run_over(model, val)
         tried.append((percent(correct(seen.logits, val)), tol, seen))
-    # The best on validation data; among those within a tenth of a point of it, the cheapest.
-    best = max(accuracy for accuracy, _, _ in tried)
-    _, tol, open_val = max((t for t in tried if t[0] >= best - 0.1), key=lambda t: t[1])
+    if opening.most is None:
+        # The best on validation data; among those within a tenth of a point of it, the cheapest.
+        best = max(accuracy for accuracy, _, _ in tried)
+        _, tol, open_val = max((t for t in tried if t[0] >= best - 0.1), key=lambda t: t[1])
+    else:
+        opening, tol, open_val = _within(opening, tried, closed["val"], val, base)
     tw.configure(model, tol=tol)
     open_test = run_over(model, test)
     found: dict[str, Any] = {
@@ -136,6 +140,34 @@ def judge_wormhole(model: nn.Module, opening: Opening, parts: dict[str, Part], b
     found["gated"]["random"] = random_gate(found["gated"]["share"], closed["test"][0], open_test, test)
     found["steps"] = _steps(model, opening, open_test, scores["test"][found["gate"]] > threshold, test)
     return found
+
+
+def _within(
+    opening: Opening,
+    tried: list[tuple[float, float, Pass]],
+    closed: tuple[Tensor, Tensor],
+    val: Part,
+    base: int,
+) -> tuple[Opening, float, Pass]:
+    """What does best on the validation part within the budget: the opening with a share, tolerance and pass.
+
+    Among those within a tenth of a point of the best, the cheapest.
+    """
+    options = []
+    for _, tol, seen in tried:
+        each = seen.extra / max(float(seen.steps.float().mean()), 1e-9)
+        for share in opening.shares:
+            goes = closed[1] > torch.quantile(closed[1], 1 - share)
+            cost = base + each * float((goes * seen.steps).float().mean())
+            right = torch.where(goes, correct(seen.logits, val), correct(closed[0], val))
+            options.append((cost, percent(right), share, tol, seen))
+    assert opening.most is not None
+    paid = [option for option in options if option[0] <= opening.most * base] or [
+        min(options, key=lambda option: option[0])
+    ]
+    best = max(option[1] for option in paid)
+    _, _, share, tol, seen = min((o for o in paid if o[1] >= best - 0.1), key=lambda option: option[0])
+    return replace(opening, share=share), tol, seen
 
 
 def _closed(model: nn.Module, unsure: Unsure, part: Part) -> tuple[Tensor, Tensor]:

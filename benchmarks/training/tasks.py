@@ -56,6 +56,8 @@ class Opening:
         scale: initial scale of the message.
         closed_weight: of the closed head's loss on all samples, beside that of the answers.
         share: wanted share of open samples, the headline figure.
+        most: multiply-adds in use, at most so many times the plain network's: validation data then choose the
+            share, among ``shares``, that does best within it; None: ``share`` is used.
         shares: all of the shares that are looked at.
         tolerances: of the solve in use; the one that does best on validation data is taken.
         max_iter: replays at most.
@@ -68,6 +70,7 @@ class Opening:
     scale: float = 0.5
     closed_weight: float = 0.5
     share: float = 0.5
+    most: float | None = None
     shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     tolerances: tuple[float, ...] = (0.3, 0.1, 0.03)
     max_iter: int = 12
