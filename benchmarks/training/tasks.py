@@ -159,9 +159,17 @@ _FASHION = Task(
         Arm("longer", "plain, twice the training", factor=2.0),
         Arm(
             "wormhole",
-            "with a wormhole, attached late",
-            factor=1.6,
-            opening=Opening("layer3->layer2", (1, 2), begins=0.7, closed_weight=0.1, share=0.15),
+            "with a wormhole over the last stage",
+            factor=1.7,
+            opening=Opening(
+                "layer3->layer3",
+                (1,),
+                begins=0.1,
+                taught=0.5,
+                closed_weight=0.0,
+                most=1.2,
+                shares=(0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+            ),
         ),
     ),
 )
