@@ -165,7 +165,7 @@ _FASHION = Task(
                 "layer3->layer3",
                 (1,),
                 begins=0.1,
-                taught=0.5,
+                taught=0.55,
                 closed_weight=0.0,
                 most=1.2,
                 shares=(0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
