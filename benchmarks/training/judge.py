@@ -101,19 +101,8 @@ def judge_wormhole(model: nn.Module, opening: Opening, parts: dict[str, Part], b
     source = opening.span.partition("->")[0]
     unsure = Unsure(model, source)
     val, test = parts["val"], parts["test"]
-    closed = {name: _closed(model, unsure, parts[name]) for name in ("val", "test")}
-    tw.configure(model, max_iter=opening.max_iter, policy="always")
-    tried = []
-    for tol in opening.tolerances:
-        tw.configure(model, tol=tol)
-        seen = run_over(model, val)
-        tried.append((percent(correct(seen.logits, val)), tol, seen))
-    if opening.most is None:
-        # The best on validation data; among those within a tenth of a point of it, the cheapest.
-        best = max(accuracy for accuracy, _, _ in tried)
-        _, tol, open_val = max((t for t in tried if t[0] >= best - 0.1), key=lambda t: t[1])
-    else:
-        opening, tol, open_val = _within(opening, tried, closed["val"], val, base)
+    closed = {name: _closed(model, parts[name]) for name in ("val", "test")}
+    opening, tol, open_val, tried = _settings(model, opening, closed["val"], val, base)
     tw.configure(model, tol=tol)
     open_test = run_over(model, test)
     found: dict[str, Any] = {
@@ -140,6 +129,28 @@ def judge_wormhole(model: nn.Module, opening: Opening, parts: dict[str, Part], b
     found["gated"]["random"] = random_gate(found["gated"]["share"], closed["test"][0], open_test, test)
     found["steps"] = _steps(model, opening, open_test, scores["test"][found["gate"]] > threshold, test)
     return found
+
+
+def _settings(
+    model: nn.Module, opening: Opening, closed: tuple[Tensor, Tensor], val: Part, base: int
+) -> tuple[Opening, float, Pass, list[tuple[float, float, Pass]]]:
+    """What validation data choose: the opening with its share, the tolerance, its pass; and what was tried.
+
+    What was tried: the accuracy with all samples open, the tolerance and the pass.
+    """
+    tw.configure(model, max_iter=opening.max_iter, policy="always")
+    tried = []
+    for tol in opening.tolerances:
+        tw.configure(model, tol=tol)
+        seen = run_over(model, val)
+        tried.append((percent(correct(seen.logits, val)), tol, seen))
+    if opening.most is None:
+        # The best on validation data; among those within a tenth of a point of it, the cheapest.
+        best = max(accuracy for accuracy, _, _ in tried)
+        _, tol, seen = max((t for t in tried if t[0] >= best - 0.1), key=lambda t: t[1])
+    else:
+        opening, tol, seen = _within(opening, tried, closed, val, base)
+    return opening, tol, seen, tried
 
 
 def _within(
@@ -170,7 +181,7 @@ def _within(
     return replace(opening, share=share), tol, seen
 
 
-def _closed(model: nn.Module, unsure: Unsure, part: Part) -> tuple[Tensor, Tensor]:
+def _closed(model: nn.Module, part: Part) -> tuple[Tensor, Tensor]:
     """Logits of the closed network, and their entropy."""
     tw.configure(model, policy="never")
     logits = run_over(model, part).logits
