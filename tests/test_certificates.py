@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -88,6 +88,7 @@ def test_radius_and_rate_are_those_of_the_dense_jacobian(make):
 
 @settings(max_examples=25, deadline=None)
 @given(size=st.integers(1, 60), seed=st.integers(0, 10**6), scale=st.floats(1e-3, 1e3))
+@example(size=27, seed=293396, scale=1.0)  # its second singular value is accurate before the first one shows
 def test_figures_of_random_matrices_are_within_their_error(size, seed, scale):
     w = scale * draw(size, size, seed=seed)
     z = torch.zeros(2, size, dtype=DOUBLE)

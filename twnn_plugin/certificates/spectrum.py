@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 _MEMORY = 40  # directions kept at a time; beyond them the method restarts
-_LOOK = 10  # products between looks whether all rows are accurate enough
+_LOOK = 5  # products between looks whether all rows are accurate enough
 _FILTER = 60  # power of the projected operator that a restart starts from
 
 
@@ -180,7 +180,7 @@ def _largest(
     space = Krylov(apply, probe(like, generator), min(_MEMORY, size, iterations))
     spent = 0
     value = error = torch.zeros(batch, dtype=torch.float64)
-    settled = torch.zeros(batch, dtype=torch.bool)
+    settled = accurate = torch.zeros(batch, dtype=torch.bool)
     while True:
         steps = min(space.steps + _LOOK, space.capacity, space.steps + iterations - spent)
         spent += steps - space.steps
@@ -188,7 +188,10 @@ def _largest(
         newest, rest = _ritz(space)
         # A row that has settled keeps its figures, so that they do not depend on its batch mates.
         value, error = torch.where(settled, value, newest), torch.where(settled, error, rest)
-        settled |= ~(error > tol * value)  # NaN is settled
+        # Accurate at two looks in a row: of a start with next to nothing of the largest, the next largest is
+        # accurate first, and the largest shows a few products later.
+        before, accurate = accurate, ~(error > tol * value)  # NaN is accurate
+        settled = settled | (before & accurate)
         if bool(settled.all()) or spent >= iterations or space.steps >= size:
             return value, error, spent
         if space.steps == space.capacity:
