@@ -130,6 +130,11 @@ def test_closed_rows_cost_nothing_in_training_where_no_gate_learns_from_them(adj
     # As if the open rows had come alone and the others had gone through the plain network.
     sum(value.square().sum() for value in found).backward()
     mine = {name: p.grad.clone() for name, p in model.named_parameters()}
+    if adjoint == "implicit":  # told of every sample of the batch
+        told = record.adjoint
+        assert told.steps.shape == told.status.shape == told.residual.shape == (5,)
+        assert (told.steps[:2] > 0).all() and not told.steps[2:].any() and not told.residual[2:].any()
+        assert (told.status == int(tw.Status.converged)).all()
     model.zero_grad()
     alone = model(x[:2])
     plain = model.replay(x[2:], (None, None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -28,11 +28,12 @@ class SpanRecord:
         fallback: (B,) bool, true where the solve failed and the open-loop value was used instead.
         evaluations: rows replayed in all, those of the differentiated evaluation included.
         multiply_adds: multiply-adds executed by these replays (the open-loop pass not counted).
-        adjoint: how the backward solve ended, once it ran.
+        adjoint: how the backward solve ended, once it ran; rows that nothing was solved for are converged.
         group: for wormholes that are solved together with others, the span whose record has the group's
             evaluations and multiply-adds; None: this one has its own.
         mode: how the span is evaluated: ``"replay"``, or ``"rerun"`` where the model's forward is run again;
             empty where there is no such choice.
+        solved: (b,) places of the rows that were handed to the solve; None: all were.
     """
 
     span: str
@@ -47,10 +48,17 @@ class SpanRecord:
     reports: list[AdjointReport] = field(default_factory=list, repr=False)
     group: str | None = None
     mode: str = ""
+    solved: Tensor | None = field(default=None, repr=False)
 
     @property
     def adjoint(self) -> AdjointReport | None:
-        return self.reports[-1] if self.reports else None
+        if not self.reports or self.solved is None:
+            return self.reports[-1] if self.reports else None
+        found, rows = self.reports[-1], self.solved
+        status = torch.full_like(self.status, int(Status.converged)).index_copy(0, rows, found.status)
+        steps = torch.zeros_like(self.steps).index_copy(0, rows, found.steps)
+        residual = found.residual.new_zeros(status.shape).index_copy(0, rows, found.residual)
+        return replace(found, status=status, steps=steps, residual=residual)
 
     @property
     def open(self) -> Tensor:

@@ -358,6 +358,7 @@ class _Solve(Alike):
                 reports=solution.reports if solution is not None else [],
                 group=None if first else self.parts[0].span,
                 mode=part.mode,
+                solved=rows,
             )
             part.solved(self.training)
 
