@@ -436,15 +436,9 @@ def test_solves_inside_models_are_heard_with_the_rows_of_their_batch():
     trace = Trace()
     register_plugin(trace, "trace")
     torch.manual_seed(3)
+    gate = ("straight_through", {"bias": 2.0})  # it learns from its message, so that closed rows take part
     model = timm.create_model(
-        "twnn_resnet18",
-        num_classes=5,
-        wormholes="layer4->layer3",
-        gate=(
-            "straight_through",
-            {"bias": 2.0},
-        ),  # which learns from its message, so that all rows are looked at
-        policy="random",
+        "twnn_resnet18", num_classes=5, wormholes="layer4->layer3", gate=gate, policy="random"
     )
     gaps = 0
     for training in (True, True, True, True, False):
