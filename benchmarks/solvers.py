@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .harness import Benchmark, Cell, Claim, Settings, Table, register
-from .solving import headline, pictures
+from .solving import bounds, headline, pictures
 from .solving.candidates import Candidate, ours, torchdeqs
 from .solving.compare import compare
 from .solving.measure import Bench
@@ -123,6 +123,7 @@ class Solvers(Benchmark):
         return [
             headline.target_table(cells),
             headline.ratio_table(cells),
+            bounds.bound_table(cells),
             headline.overhead_table(cells),
             *headline.full_tables(cells),
         ]

@@ -33,7 +33,7 @@ from benchmarks.harness import (
 from benchmarks.harness.run import RESULTS, load
 from benchmarks.index import PAGE, render_index
 from benchmarks.solvers import bench_of
-from benchmarks.solving import headline
+from benchmarks.solving import bounds, headline
 from benchmarks.solving.candidates import (
     Bare,
     Limits,
@@ -473,6 +473,55 @@ def test_verdicts(values, verdict):
 def test_a_target_that_one_tolerance_misses_is_met_in_part_only():
     assert headline.met([3.0, None], 2.0) == "in part"
     assert headline.met([0.7], 0.75, at_least=False) == "yes"
+
+
+def taken_apart(our_rows, our_ms, fewest_rows):
+    """A comparison in which torchdeq makes 600 evaluations in 90 ms, and one costs 0.1 ms in the bare loop."""
+
+    def record(name, family, rows, ms):
+        each = {"median": ms / 1e3}
+        return {
+            "candidate": name,
+            "family": family,
+            "converged": True,
+            "rows": rows,
+            "product_rows": rows,
+            "forward": each,
+            "total": each,
+        }
+
+    floor = {"rows": 500, "product_rows": 500, "reason": ""}
+    floor |= {"forward": {"median": 0.05}, "backward": {"median": 0.05}}
+    records = [
+        record("torchdeq theirs", "torchdeq", 600, 90.0),
+        record("fast", "ours", our_rows, our_ms),
+        record("frugal", "ours", fewest_rows, 80.0),
+    ]
+    comparison = {"tol": 1e-3, "floor": floor, "views": {"equal gradient error": records}}
+    options = {"kind": "problem", "problem": "c", "precision": "float32"}
+    return [{"status": "ok", "options": options, "data": {"comparisons": [comparison]}}]
+
+
+@pytest.mark.parametrize(
+    "our_rows, our_ms, fewest_rows, why",
+    [
+        (100, 14.0, 100, "reached"),
+        (200, 22.0, 160, "no solver of ours makes few enough"),
+        (160, 20.0, 120, "frugal makes fewer"),
+        (120, 18.0, 120, "it takes a price of 1.25"),
+    ],
+)
+def test_a_ratio_is_that_of_the_evaluations_times_that_of_their_prices(our_rows, our_ms, fewest_rows, why):
+    found = {b.phase: b for b in bounds.bounds(taken_apart(our_rows, our_ms, fewest_rows))}
+    forward = found["forward"]
+    assert forward.ratio == pytest.approx(90 / our_ms)
+    assert forward.ratio == pytest.approx(forward.evaluations * forward.theirs / forward.ours)
+    assert forward.evaluations == pytest.approx(600 / our_rows)
+    assert forward.theirs == pytest.approx(1.5) and forward.ours == pytest.approx(our_ms / our_rows / 0.1)
+    assert forward.alone == pytest.approx(9000 / our_rows / 10)
+    assert why in forward.why()
+    assert found["total"].theirs == pytest.approx(0.75)  # evaluations there and back
+
 
 
 def test_autocast_reaches_the_map():
