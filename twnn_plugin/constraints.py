@@ -279,7 +279,7 @@ def _l2_bound(weight: Tensor, groups: int) -> Tensor:
 def _gram_bound(matrices: Tensor) -> Tensor:
     """Upper bounds on the spectral norms of a batch (..., m, n) of real or complex matrices."""
     if matrices.shape[-2] < matrices.shape[-1]:
-        matrices = matrices.mH
+        matrices = matrices.mT  # of the same norms
     log = 0.0
     for _ in range(_SQUARINGS):
         size = _frobenius(matrices)

@@ -21,6 +21,7 @@ from .errors import (
     nearest,
 )
 from .solvers import Control, Solver, linear
+from .solvers.base import is_number
 from .state import Layout
 from .types import AdjointReport, Iteration, Solution, State, Status, describe
 
@@ -97,6 +98,10 @@ def fix(
         >>> solution.value.sum().backward()
     """
     control = check_control(tol, max_iter, stop, norm, coupled, callback, check_every, cuda_graphs)
+    if not isinstance(throw, bool):
+        raise OptionError(f"throw must be True or False; got {throw!r}.")
+    if not callable(f):
+        raise MapError(f"f must be a function of (z, *context); got {f!r}.")
     method, derivative = _solver(solver), adjoints.registry.resolve(adjoint)
     work = _outside if torch.compiler.is_compiling() else _fix
     return work(f, z0, context, control, method, derivative, throw)
@@ -181,9 +186,12 @@ def _run(
                 f"Context {index} must be a tensor with {start.shape[0]} rows, one per sample of z0; got "
                 f"{got}. What all rows share belongs into f itself."
             )
-    parts = layout.parts(control.stop, control.norm)
+    parts = layout.parts(control.stop)
     if parts:
         control = replace(control, parts=parts)
+    coarse = max(layout.half, _autocast_rounding(start.device.type))
+    if coarse:
+        control = replace(control, coarse=coarse, seen=layout if layout.half else None)
     watch = observe.watch(control, start, solver, adjoint) if observe.listeners() else None
     if watch is not None and watch.callback is not None:  # whoever watches iterates sees each of them
         control = replace(control, callback=watch.callback, check_every=None, cuda_graphs=False)
@@ -195,6 +203,12 @@ def _run(
     if watch is not None:
         watch.finished(solution)
     return solution, outcome.status if call.plain is None else call.plain.status
+
+
+def _autocast_rounding(device: str) -> float:
+    if not torch.is_autocast_enabled(device):
+        return 0.0
+    return torch.finfo(torch.get_autocast_dtype(device)).eps
 
 
 _run_outside: Callable[..., tuple[Solution, Tensor]] = torch.compiler.disable(_run)  # type: ignore[call-arg]
@@ -216,10 +230,14 @@ def check_control(
         OptionError: ``tol`` is not a positive number, ``max_iter`` is not a whole number >= 1, or
             ``stop`` or ``norm`` is unknown.
     """
-    if not isinstance(tol, (int, float)) or not math.isfinite(tol) or tol <= 0:
+    if not is_number(tol) or not 0 < tol < math.inf:
         raise OptionError(f"tol must be a positive number; got {tol!r}.")
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
         raise OptionError(f"max_iter must be a whole number, at least 1; got {max_iter!r}.")
+    if not isinstance(coupled, bool):
+        raise OptionError(f"coupled must be True or False; got {coupled!r}.")
+    if callback is not None and not callable(callback):
+        raise OptionError(f"callback must be a function of an Iteration, or None; got {callback!r}.")
     for name, value, known in (("stop", stop, STOPS), ("norm", norm, NORMS)):
         if value not in known:
             raise OptionError(f"{name} must be one of {known}; got {value!r}.{nearest(str(value), known)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .certificates.linear import Jacobian, Krylov, check_context, probe
+from .certificates.linear import Jacobian, Krylov, check_context, outside_inference, probe
 from .certificates.spectrum import dominant
 from .errors import OptionError, nearest
 from .state import Layout
@@ -184,7 +184,8 @@ def _attached(
     """The states (B, D) and ``f`` of them, with a graph that reaches everything ``f`` uses."""
     layout, flat = Layout.of(z, "z")
     check_context(context, flat.shape[0])
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        flat, context = outside_inference(flat), tuple(outside_inference(c) for c in context)
         if not through_solution or not flat.requires_grad:
             flat = flat.detach().requires_grad_()
         return flat, layout.pack(f(layout.unpack(flat), *context), flat.shape[0])
@@ -194,9 +195,9 @@ def _pull(fz: Tensor, flat: Tensor, u: Tensor) -> Tensor:
     """``J^T u`` with a graph, (B, D)."""
     if not fz.requires_grad:  # f is constant
         return torch.zeros_like(flat)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         (pulled,) = torch.autograd.grad(
-            fz, flat, u, create_graph=True, allow_unused=True, materialize_grads=True
+            fz, flat, outside_inference(u), create_graph=True, allow_unused=True, materialize_grads=True
         )
     return pulled
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +32,19 @@ def _parts(state: State, what: str) -> tuple[tuple[str, ...] | None, str, list[T
     return keys, kind, parts
 
 
+def _structure(kind: str, parts: Sequence[Any]) -> str:
+    return f"a {kind}" if kind == "tensor" else f"a {kind} of {len(parts)}"
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a state is laid out in a row of the matrix that solvers work on.
 
     The matrix is float64 if any part is, else float32: half-precision states are solved for in
-    float32 and rounded each time ``f`` sees them, so that residuals and histories keep their digits.
+    float32 and rounded each time ``f`` sees them, so that histories keep their digits.
+
+    Attributes:
+        named: the class of a named tuple.
     """
 
     kind: str
@@ -44,18 +53,30 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     sizes: tuple[int, ...]
     dtype: torch.dtype
+    named: type | None = None
 
     @cached_property
     def flat(self) -> bool:
         """Whether a state is its matrix: one tensor (B, D) of the matrix' dtype or another."""
         return self.kind == "tensor" and len(self.shapes[0]) == 1
 
-    def parts(self, stop: str, norm: str) -> tuple[int, ...]:
+    def parts(self, stop: str) -> tuple[int, ...]:
         """Widths of the parts that must each settle: a norm over all would not see the small ones.
 
-        () for a state of one part, and where a part's own norm is not asked for.
+        () for a state of one part, and where sizes are not compared with the state's.
         """
-        return self.sizes if len(self.sizes) > 1 and stop == "rel" and norm == "l2" else ()
+        return self.sizes if len(self.sizes) > 1 and stop == "rel" else ()
+
+    @cached_property
+    def half(self) -> float:
+        """The coarsest rounding of a part kept in half precision; 0 where there is none."""
+        return max((torch.finfo(dtype).eps for dtype in self.dtypes if dtype in _HALF), default=0.0)
+
+    def rounded(self, matrix: Tensor) -> Tensor:
+        """What ``f`` is given of a (b, D) matrix, and what a user gets of it."""
+        parts = matrix.split(list(self.sizes), dim=1)
+        rounded = [part.to(dtype).to(self.dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
+        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=1)
 
     @staticmethod
     def of(state: State, what: str = "z0") -> tuple[Layout, Tensor]:
@@ -76,7 +97,8 @@ class Layout:
         dtypes = tuple(part.dtype for part in parts)
         work = torch.float64 if torch.float64 in dtypes else torch.float32
         shapes = tuple(part.shape[1:] for part in parts)
-        layout = Layout(kind, keys, shapes, dtypes, tuple(s.numel() for s in shapes), work)
+        named = type(state) if isinstance(state, tuple) and hasattr(state, "_fields") else None
+        layout = Layout(kind, keys, shapes, dtypes, tuple(s.numel() for s in shapes), work, named)
         return layout, layout._matrix(parts)
 
     def _matrix(self, parts: list[Tensor]) -> Tensor:
@@ -97,7 +119,9 @@ class Layout:
             column.reshape(b, *shape).to(dtype)
             for column, shape, dtype in zip(columns, self.shapes, self.dtypes, strict=True)
         ]
-        return dict(zip(self.keys, parts, strict=True)) if self.keys is not None else tuple(parts)
+        if self.keys is not None:
+            return dict(zip(self.keys, parts, strict=True))
+        return tuple(parts) if self.named is None else self.named(*parts)
 
     def pack(self, state: State, rows: int) -> Tensor:
         """What ``f`` returned for ``rows`` rows, checked, as a (rows, D) matrix.
@@ -112,9 +136,15 @@ class Layout:
             if state.shape == (rows, *self.shapes[0]):
                 return state.reshape(rows, self.sizes[0])
         keys, kind, parts = _parts(state, "What f returns")
-        if kind != self.kind or keys != self.keys or len(parts) != len(self.shapes):
+        if keys is not None and self.keys is not None:
+            if set(keys) != set(self.keys):
+                raise MapError(f"f must return the keys of z0, {list(self.keys)}; it returned {list(keys)}.")
+            named = dict(zip(keys, parts, strict=True))
+            parts = [named[key] for key in self.keys]
+        elif kind != self.kind or len(parts) != len(self.shapes):
             raise MapError(
-                f"f must return a state of the structure of z0, a {self.kind}; it returned a {kind}."
+                f"f must return a state of the structure of z0, {_structure(self.kind, self.shapes)}; it "
+                f"returned {_structure(kind, parts)}."
             )
         for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True):
             if part.shape != (rows, *shape):

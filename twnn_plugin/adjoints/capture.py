@@ -161,7 +161,7 @@ def unwatched() -> Iterator[None]:
 def substituted(tensor: Tensor) -> Tensor:
     """What stands for ``tensor`` inside the functions that are being evaluated now."""
     for watch in reversed(_Watch.active):
-        if isinstance(watch, _Substitute):
+        if isinstance(watch, _Substitute) and not watch.asleep:
             tensor = watch.places.get(id(tensor), tensor)
     return tensor
 

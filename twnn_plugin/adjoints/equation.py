@@ -8,11 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import MapError
 from ..solvers import Control, Outcome, Solver, solve
 from ..state import Layout
 from ..types import State
+from . import transforms
 
 __all__ = ["Call", "Equation"]
+
+
+_IN_PLACE = (
+    "f writes to the state that it is given, which the solver goes on to use: by a torch function whose name "
+    "ends in an underscore, or a module with inplace=True. Let f make a new tensor, or begin it with "
+    "z = z.clone()."
+)
 
 
 class Equation:
@@ -38,7 +47,17 @@ class Equation:
 
     def evaluate(self, z: Tensor) -> Tensor:
         self.evaluations += z.shape[0]
-        return self.map(z, *self.context)
+        if z.is_inference():  # such tensors do not count how often they are written to
+            given = z.clone()
+            fz = self.map(z, *self.context)
+            written = not torch.equal(given.nan_to_num(), z.nan_to_num())
+        else:
+            version = z._version
+            fz = self.map(z, *self.context)
+            written = z._version != version
+        if written:
+            raise MapError(_IN_PLACE)
+        return fz
 
     def keep(self, rows: Tensor) -> None:
         self.context = tuple(c.index_select(0, rows) for c in self.context)
@@ -136,7 +155,16 @@ class Call:
         outcome = solve(self.solver, equation, start, control)
         self.evaluations += equation.evaluations
         self.rows_left = equation.size < (self.z0.shape[0] if rows is None else rows.numel())
-        return outcome if rows is None else self._spread(outcome, rows)
+        return self._own(outcome) if rows is None else self._spread(outcome, rows)
+
+    def _own(self, outcome: Outcome) -> Outcome:
+        """The outcome in memory that nobody else has: ``f`` may return its context, a solve its start."""
+        if torch.is_grad_enabled() or transforms.active() or outcome.value.numel() == 0:
+            return outcome
+        held = outcome.value.untyped_storage().data_ptr()
+        if all(t.untyped_storage().data_ptr() != held for t in (self.z0, *self.context)):
+            return outcome
+        return replace(outcome, value=outcome.value.clone())
 
     def _spread(self, outcome: Outcome, rows: Tensor) -> Outcome:
         batch = self.z0.shape[0]

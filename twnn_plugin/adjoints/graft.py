@@ -18,7 +18,7 @@ from . import transforms
 from .capture import Capture, announce
 from .equation import Call
 
-__all__ = ["Again", "Pull", "Tape", "attach", "graft", "refuse"]
+__all__ = ["Again", "Pull", "Tape", "attach", "check_rows", "graft", "refuse"]
 
 
 class _Source(torch.autograd.Function):
@@ -190,16 +190,22 @@ _FLOOR = 64.0  # roundings in which the same row may differ between batches
 
 
 @torch.no_grad()
-def _check_rows(call: Call, outcome: Outcome, tape: Tape, rows: Tensor | None) -> Outcome:
-    """Look at what the graph's evaluation shows for nothing: the residuals in the whole batch.
+def check_rows(call: Call, outcome: Outcome, z: Tensor, fz: Tensor, rows: Tensor | None) -> Outcome:
+    """Look at what an evaluation for the gradient shows for nothing: the residuals in the whole batch.
 
-    A row that converged among few others and is not at rest among all of them depends on the others.
+    A row that converged while others were elsewhere, and is not at rest among all of them as they are now,
+    depends on the others. Where all rows were done at once, the solve itself has measured that.
+
+    Args:
+        call: the equation.
+        outcome: its solution.
+        z: (b, D) the states in it that were evaluated.
+        fz: (b, D) what ``f`` made of them together.
+        rows: (b,) their indices; None: all.
     """
-    if not call.rows_left:
+    if not call.rows_left and bool((outcome.steps == outcome.steps[0]).all()):
         return outcome
     status = outcome.status if rows is None else outcome.status[rows]
-    z, fz = tape.z, tape.fz
-    assert isinstance(z, Tensor)
     control = call.control
     change, size = measure(fz - z, fz, control.norm, control.parts)
     bound = _SLACK * threshold(size, control) + _FLOOR * call.rounding() * size
@@ -210,7 +216,7 @@ def _check_rows(call: Call, outcome: Outcome, tape: Tape, rows: Tensor | None) -
     where = local if rows is None else rows[local]
     shown = ", ".join(map(str, where[:8].tolist())) + (", ..." if where.numel() > 8 else "")
     warnings.warn(
-        f"{where.numel()} row(s) [{shown}] converged after others had left the batch, but move again when "
+        f"{where.numel()} row(s) [{shown}] converged earlier or later than others, and move again when "
         "evaluated with all of them: the rows of f influence each other (batch statistics?), or f is random. "
         "They are reported as stagnated. Pass coupled=True, or make f one fixed map of each row.",
         ConvergenceWarning,
@@ -237,20 +243,21 @@ def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
         pull: gives the gradient.
         again: gives it where it is to be differentiated again; raises ``MapError`` where it cannot.
     """
-    if not torch.is_grad_enabled() or outcome.value.numel() == 0:
+    if not torch.is_grad_enabled() or outcome.value.shape[1] == 0:
         return outcome
     broken = outcome.status == int(Status.non_finite)
     if call.settled is not None:  # rows that nobody solved for, and so nobody looked at
         broken = broken | ~torch.isfinite(outcome.value).all(dim=1)
     rows = torch.nonzero(~broken).flatten() if bool(broken.any()) else None
-    if rows is not None and rows.numel() == 0:
-        return outcome
     z = outcome.value if rows is None else outcome.value[rows]
     tape = Tape(call, z, rows, attached=True)
-    outcome = _check_rows(call, outcome, tape, rows)
     start = call.z0 if call.z0.requires_grad else None
-    if not tape.reaches_a_leaf():
-        if start is None:
+    nobody = z.shape[0] == 0  # and still a loss, of nothing, that has a gradient, of zeros
+    if not nobody:
+        assert isinstance(tape.z, Tensor)
+        outcome = check_rows(call, outcome, tape.z, tape.fz, rows)
+    if nobody or not tape.reaches_a_leaf():
+        if start is None and not nobody:
             return outcome
         # The start alone wants a gradient, which is zero: nothing is solved for.
         value = attach(

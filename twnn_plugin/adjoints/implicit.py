@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..errors import MapError, OptionError
 from ..solvers import Outcome, Solver
 from ..solvers.anderson import Anderson
+from ..solvers.base import is_number
 from ..solvers.linear import LinearSolver
 from ..types import AdjointReport, Status
 from .base import Adjoint
@@ -64,8 +66,14 @@ class Implicit(Adjoint):
     default_solver: ClassVar[str | Solver] = _DEFAULT
 
     def __post_init__(self) -> None:
-        if self.tol is not None and not self.tol > 0:
-            raise OptionError(f"Option tol of adjoint {self.name!r} must be positive; got {self.tol!r}.")
+        if self.tol is not None and not (is_number(self.tol) and 0 < self.tol < math.inf):
+            raise OptionError(
+                f"Option tol of adjoint {self.name!r} must be a positive number; got {self.tol!r}."
+            )
+        if not isinstance(self.warm_start, bool):
+            raise OptionError(
+                f"Option warm_start of adjoint {self.name!r} must be True or False; got {self.warm_start!r}."
+            )
         whole = isinstance(self.max_iter, int) and not isinstance(self.max_iter, bool)
         if self.max_iter is not None and (not whole or self.max_iter < 1):
             raise OptionError(
@@ -98,7 +106,8 @@ class Implicit(Adjoint):
         closed = close(call.equation().map, (call.z0, *context), every=True)
         captured = tuple(substituted(c) for c in closed.captured)
         per_row = (True,) * len(context) + (False,) * len(captured)
-        h = Primal(closed, per_row, bool(context), _autocast_state(call.z0.device.type))
+        autocast = _autocast_state(call.z0.device.type)
+        h = Primal(closed, per_row, bool(context), call.control.coupled, autocast)
         outcome = Outcome(*apply(h, method, call.z0, *context, *captured))
         call.evaluations += sum(method.evaluations)
         call.plain = method.outcomes[0]
@@ -187,7 +196,8 @@ def _differentiable(
         raise MapError("f uses other tensors now than in the forward pass.")
     places = [*range(count), *(place[id(tensor)] for tensor in closed.captured)]
     arguments = [inputs[i] for i in places]
-    h = Primal(closed, (True,) * count + (False,) * len(closed.captured), bool(call.context), autocast)
+    per_row = (True,) * count + (False,) * len(closed.captured)
+    h = Primal(closed, per_row, bool(call.context), call.control.coupled, autocast)
     wanted = [i for i, x in enumerate(arguments) if x.requires_grad]
     status = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)  # broken rows are not here
     grads: list[Tensor | None] = [None] * len(inputs)

@@ -159,9 +159,10 @@ def _from_guess(problem: Products, settings: LinearSettings, control: Control, g
     rest = problem.evaluate(guess) - guess
     near = torch.linalg.vector_norm(rest, dim=1) < 0.5 * torch.linalg.vector_norm(g, dim=1)
     start = torch.where(near[:, None], guess, 0.0)
-    problem.g = torch.where(near[:, None], rest, g)
+    right = torch.where(near[:, None], rest, g)
+    problem.g = right  # of the rows that are still there, while it is solved
     control = replace(control, max_iter=control.max_iter - 1)
-    outcome = _checked(_solve(settings.solver, problem, problem.g, control), problem.g)
+    outcome = _checked(_solve(settings.solver, problem, right, control), right)
     failed = _failed(outcome.status)[:, None]
     return replace(outcome, value=torch.where(failed, g, start + outcome.value), steps=outcome.steps + 1)
 

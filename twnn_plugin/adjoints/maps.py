@@ -57,6 +57,7 @@ class Primal(Map):
         function: of (z, *inputs).
         per_row: see :class:`Map`.
         can_leave: see :class:`Map`.
+        coupled: whether rows influence each other.
         context: entered for each evaluation (the autocast state of the call).
     """
 
@@ -65,11 +66,13 @@ class Primal(Map):
         function: Callable[..., Tensor],
         per_row: Sequence[bool],
         can_leave: bool,
+        coupled: bool = False,
         context: Callable[[], Any] = contextlib.nullcontext,
     ):
         self.function = function
         self.per_row = tuple(per_row)
         self.can_leave = can_leave
+        self.coupled = coupled
         self.context = context
 
     def __call__(self, z: Tensor, *inputs: Tensor) -> Tensor:
@@ -77,9 +80,12 @@ class Primal(Map):
             return self.function(z, *inputs)
 
     def stack(self, count: int, mapped: Sequence[bool]) -> Map:
-        if not any(m for m, rows in zip(mapped, self.per_row, strict=True) if not rows):
-            return self  # what all instances share is the same: they are further rows
-        return _Stacked(self, count, mapped)
+        shared = any(m for m, rows in zip(mapped, self.per_row, strict=True) if not rows)
+        # Rows that hear of each other, or that close over what belongs to one of them, are known to be rows
+        # of the function only in the batch that they were given in.
+        if shared or self.coupled or not self.can_leave:
+            return _Stacked(self, count, mapped)
+        return self  # what all instances share is the same: they are further rows
 
 
 class _Stacked(Map):
@@ -184,7 +190,10 @@ class Joint(Map):
         split = len(self.base.per_row)
         differs = list(mapped)
         for place, i in enumerate(self.moving, start=split):
-            differs[i] = differs[place] = mapped[i] or mapped[place]
+            differs[i] = differs[i] or differs[place]
+        differs[:split] = self.base.aligned(differs[:split])
+        for place, i in enumerate(self.moving, start=split):
+            differs[place] = differs[i]
         return differs
 
     def stack(self, count: int, mapped: Sequence[bool]) -> Map:

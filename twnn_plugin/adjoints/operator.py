@@ -53,7 +53,9 @@ class Method:
         if isinstance(h, Linear):
             return self._solve_linear(h, inputs)
         problem = _Equation(h, inputs, z0.shape[0])
-        control = replace(self.control, parts=h.parts, callback=None) if h.parts else self.control
+        control = self.control
+        if h.parts:  # another state than the user's
+            control = replace(control, parts=h.parts, callback=None, seen=None)
         outcome = solve(self.solver, problem, z0, control)
         if h.parts:
             self._report(outcome, problem.evaluations)
@@ -136,7 +138,9 @@ class _Fix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
-        value, status, z0, *inputs = ctx.saved_tensors
+        # A transform may have ended since the forward pass. An operation sheds what it wrapped tensors in,
+        # which a transform that begins now would wrap again, and never be rid of.
+        value, status, z0, *inputs = (saved.view_as(saved) for saved in ctx.saved_tensors)
         wanted = [i for i, wants in enumerate(ctx.needs_input_grad[3:]) if wants and _moves(inputs[i])]
         grads: list[Tensor | None] = [None] * len(inputs)
         for i, grad in zip(

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..solvers import Outcome
+from ..solvers.base import is_number
 from ..types import AdjointReport, Status
 from .base import Adjoint
 from .equation import Call
-from .graft import attach, refuse
+from .graft import attach, check_rows, refuse
 
 __all__ = ["Phantom"]
 
@@ -39,25 +40,27 @@ class Phantom(Adjoint):
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise OptionError(f"Option steps of adjoint 'phantom' must be at least 1; got {self.steps!r}.")
-        if not 0 < self.damping <= 1:
+        if not is_number(self.damping) or not 0 < self.damping <= 1:
             raise OptionError(f"Option damping of adjoint 'phantom' must be in (0, 1]; got {self.damping!r}.")
 
     def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
         with torch.no_grad():
             outcome = call.solve()
-        if not torch.is_grad_enabled() or outcome.value.numel() == 0:
+        if not torch.is_grad_enabled() or outcome.value.shape[1] == 0:
             return outcome
         good = torch.isfinite(outcome.value).all(dim=1) & (outcome.status != int(Status.non_finite))
         rows = None if bool(good.all()) else torch.nonzero(good).flatten()
-        if rows is not None and rows.numel() == 0:
-            return outcome
         start = outcome.value if rows is None else outcome.value[rows]
         equation = call.equation(rows)
         z = start
-        for _ in range(self.steps):
-            z = torch.lerp(z, equation.evaluate(z), self.damping)
+        for step in range(self.steps):
+            fz = equation.evaluate(z)
+            if step == 0 and start.shape[0]:
+                outcome = check_rows(call, outcome, z, fz, rows)
+            z = torch.lerp(z, fz, self.damping)
         call.evaluations += equation.evaluations
-        if not z.requires_grad:
+        begin = call.z0 if call.z0.requires_grad else None
+        if not z.requires_grad and begin is None:
             return outcome
 
         def pull(g: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ class Phantom(Adjoint):
             return g
 
         # The value stays the solution, with and without gradients; the steps give the gradient alone.
-        value = attach(z, start, None, pull, refuse("phantom"))
+        value = attach(z, start, begin, pull, refuse("phantom"))
         if rows is not None:
             value = outcome.value.index_copy(0, rows, value)
         return Outcome(value, outcome.status, outcome.steps, outcome.residual)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..solvers import Outcome
 from ..types import AdjointReport, Status
@@ -48,11 +49,20 @@ class Unrolled(Adjoint):
 
     def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
         outcome = self._solve(call)
+        recorded = torch.is_grad_enabled() and not transforms.active()
+        if recorded and not outcome.value.requires_grad and bool((outcome.steps <= 1).all()):
+            # Every row was done where it started: one evaluation still says what the state depends on.
+            return _evaluated(call, outcome, outcome.status != int(Status.non_finite))
         if call.settled is None or not bool(call.settled.any()) or not torch.is_grad_enabled():
             return outcome
         # Settled rows were not iterated; one evaluation gives them their share of the gradient.
-        rows = torch.nonzero(call.settled).flatten()
-        equation = call.equation(rows)
-        value = equation.evaluate(call.z0[rows])
-        call.evaluations += equation.evaluations
-        return replace(outcome, value=outcome.value.index_copy(0, rows, value))
+        return _evaluated(call, outcome, call.settled)
+
+
+def _evaluated(call: Call, outcome: Outcome, which: Tensor) -> Outcome:
+    """The outcome with ``f`` evaluated once more for some rows, (B,) bool."""
+    rows = torch.nonzero(which).flatten()
+    equation = call.equation(rows)
+    value = equation.evaluate(outcome.value[rows])
+    call.evaluations += equation.evaluations
+    return replace(outcome, value=outcome.value.index_copy(0, rows, value))

@@ -104,7 +104,7 @@ def certify(
     jacobian = Jacobian(f, solution.value, context)
     r = jacobian.residual
     if r.shape[1]:
-        change, size = measure(r, jacobian.fz.detach(), norm, jacobian.layout.parts(stop, norm))
+        change, size = measure(r, jacobian.fz.detach(), norm, jacobian.layout.parts(stop))
     else:
         change = size = r.new_zeros(r.shape[0])
     residual = change / (size + EPS) if stop == "rel" else change

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from ..errors import MapError
 from ..state import Layout
 from ..types import State
 
-__all__ = ["Jacobian", "Krylov", "Product", "check_context", "probe", "solve_shifted"]
+__all__ = ["Jacobian", "Krylov", "Product", "check_context", "outside_inference", "probe", "solve_shifted"]
 
 Product = Callable[[Tensor], Tensor]
 
@@ -50,9 +51,11 @@ class Jacobian:
             matrix = z
         check_context(context, matrix.shape[0])
         self.layout = layout
-        self.context = [c.detach().requires_grad_(c.is_floating_point()) for c in context]
-        with torch.enable_grad():
-            self.z = matrix.detach().requires_grad_()
+        # What was made in inference mode cannot be differentiated through; a copy made outside it can.
+        with torch.inference_mode(False), torch.enable_grad():
+            given = [outside_inference(c).detach() for c in context]
+            self.context = [c.requires_grad_(c.is_floating_point()) for c in given]
+            self.z = outside_inference(matrix).detach().requires_grad_()
             self.fz = layout.pack(f(layout.unpack(self.z), *self.context), matrix.shape[0])
         self._push: tuple[Tensor, Tensor] | None = None
 
@@ -71,12 +74,13 @@ class Jacobian:
         if not floating:
             return None
         grads = self._grad(self.fz, floating, u)
-        return torch.cat([g.detach().reshape(g.shape[0], -1).to(u.dtype) for g in grads], dim=1)
+        flat = [g.detach().reshape(g.shape[0], math.prod(g.shape[1:])) for g in grads]
+        return torch.cat([g.to(u.dtype) for g in flat], dim=1)
 
     def push(self, v: Tensor) -> Tensor:
         """``J v`` for a (B, D) matrix of tangents."""
         if self._push is None:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 w = torch.zeros_like(self.fz).requires_grad_()
                 self._push = w, self._grad(self.fz, [self.z], w, create_graph=True)[0]
         w, pulled = self._push
@@ -88,15 +92,21 @@ class Jacobian:
     ) -> tuple[Tensor, ...]:
         if not out.requires_grad:  # f is constant
             return tuple(torch.zeros_like(tensor) for tensor in into)
-        return torch.autograd.grad(
-            out,
-            into,
-            cotangent,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        with torch.inference_mode(False):
+            return torch.autograd.grad(
+                out,
+                into,
+                cotangent if create_graph else outside_inference(cotangent),
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+
+
+def outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it that may be differentiated through; to be called outside that mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def check_context(context: Sequence[Tensor], batch: int) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from .base import Problem, StepSolver, check_whole
-from .memory import difference, free_to_look, free_to_write
+from .base import Problem, StepSolver, check_whole, is_number
+from .memory import difference, free_to_look, free_to_write, to_unit
 
 __all__ = ["Anderson"]
 
 _RESTART = 1e2  # growth of ||r|| over its best that discards a row's history
 _NOISE = 16.0  # a new direction shorter than this many ulps of the residual is rounding, and dropped
+_BLUR = 4.0  # or than this many ulps of the state, whose rounding is in every residual
 
 
 class _Slot(NamedTuple):
@@ -46,6 +47,7 @@ class _History(NamedTuple):
     fz: Tensor | None  # (b, D) the last f(z)
     r: Tensor | None  # (b, D) the last residual
     best: Tensor | None  # (b,) the smallest ||r|| so far
+    blur: Tensor | None  # (b,) what rounding of the state makes of a difference of residuals
     slots: tuple[_Slot, ...]  # oldest first
 
 
@@ -72,11 +74,11 @@ class Anderson(StepSolver):
     def __post_init__(self) -> None:
         check_whole("anderson", "memory", self.memory)
         check_whole("anderson", "start", self.start, least=0)
-        if not 0 < self.damping <= 1:
+        if not is_number(self.damping) or not 0 < self.damping <= 1:
             raise OptionError(f"Option damping of solver 'anderson' must be in (0, 1]; got {self.damping!r}.")
 
     def init(self, z: Tensor) -> _History:
-        return _History(_Constants.like(z.detach()), 0, None, None, None, ())
+        return _History(_Constants.like(z.detach()), 0, None, None, None, None, ())
 
     def step(
         self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _History
@@ -85,22 +87,25 @@ class Anderson(StepSolver):
         if state.step < self.start:
             newest = state.step + 1 == self.start  # the first difference needs only the last pair
             pair = (fz, r) if newest else (None, None)
-            return plain, _History(state.constants, state.step + 1, *pair, None, ())
+            return plain, _History(state.constants, state.step + 1, *pair, None, None, ())
         norm = torch.linalg.vector_norm(r, dim=1)
+        blur = state.blur
+        if blur is None:
+            blur = torch.linalg.vector_norm(fz.detach(), dim=1) * (_BLUR * torch.finfo(fz.dtype).eps)
         if state.r is None:  # start=0: nothing to take a difference with yet
-            return plain, _History(state.constants, state.step, fz, r, norm, ())
+            return plain, _History(state.constants, state.step, fz, r, norm, blur, ())
         best = norm if state.best is None else torch.minimum(norm, state.best)
-        slots = self._extend(state, fz, r, norm, best)
+        slots = self._extend(state, fz, r, norm, best, blur)
         own = free_to_write(r)
         z_next = plain
         for slot in slots:
             z_next = _subtract(z_next, slot.p, slot.gamma, own and z_next is not plain)
             if self.damping != 1:  # p holds differences of f; damping takes its share of q's back
                 z_next = torch.addcmul(z_next, slot.q, slot.gamma[:, None], value=1 - self.damping)
-        return z_next, _History(state.constants, state.step, fz, r, best, slots)
+        return z_next, _History(state.constants, state.step, fz, r, best, blur, slots)
 
     def _extend(
-        self, state: _History, fz: Tensor, r: Tensor, norm: Tensor, best: Tensor
+        self, state: _History, fz: Tensor, r: Tensor, norm: Tensor, best: Tensor, blur: Tensor
     ) -> tuple[_Slot, ...]:
         """The history with the newest difference in it; rows whose residual has grown lose theirs.
 
@@ -128,11 +133,16 @@ class Anderson(StepSolver):
             dr, df = _subtract(dr, q, h, own), _subtract(df, p, h, own)
             # q.r from q.(last r), which is known, and q.dr
             slots.append(_Slot(q, p, gamma + h, weight))
-        rest = torch.linalg.vector_norm(dr, dim=1)
-        usable = sound.logical_and_(rest > norm * state.constants.noise)
-        # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
-        inverse = (usable / torch.where(usable, rest, 1.0))[:, None]
-        q, p = (dr.mul_(inverse), df.mul_(inverse)) if own else (dr * inverse, df * inverse)
+        if not own:
+            norm = norm.detach()
+        rest = torch.linalg.vector_norm(dr if own else dr.detach(), dim=1)
+        usable = sound & (rest > torch.addcmul(blur, norm, state.constants.noise))
+        if own:
+            inverse = (usable / torch.where(usable, rest, 1.0))[:, None]
+            q, p = dr.mul_(inverse), df.mul_(inverse)
+        else:
+            size = to_unit(dr, rest, usable)[:, None]
+            q, p = dr * size, df * size
         return (*slots, _Slot(q, p, torch.linalg.vecdot(q, r), keep))
 
 

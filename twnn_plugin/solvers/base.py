@@ -12,7 +12,17 @@ from torch import Tensor
 from ..errors import OptionError
 from ..types import Iteration
 
-__all__ = ["Control", "Outcome", "Problem", "Solver", "StepSolver", "WholeSolver", "check_whole"]
+__all__ = [
+    "Control",
+    "Outcome",
+    "Problem",
+    "Rounding",
+    "Solver",
+    "StepSolver",
+    "WholeSolver",
+    "check_whole",
+    "is_number",
+]
 
 
 class Problem(Protocol):
@@ -39,6 +49,14 @@ class Problem(Protocol):
         ...
 
 
+class Rounding(Protocol):
+    """What half precision makes of states."""
+
+    def rounded(self, matrix: Tensor) -> Tensor:
+        """Of a (b, D) matrix."""
+        ...
+
+
 @dataclass(frozen=True)
 class Control:
     """When a row is finished.
@@ -57,6 +75,9 @@ class Control:
             are evaluated for at most that many steps in vain.
         cuda_graphs: capture the evaluations between two looks in CUDA graphs and replay them. ``f`` must
             be capturable: no host synchronisation, no shapes that depend on values.
+        seen: makes of a (b, D) matrix of states what ``f`` sees of it, where that is in half precision: the
+            residual is that of the state which is given back. None: ``f`` sees it as it is.
+        coarse: rounding error of an evaluation in half precision, relative; 0: it is that of the matrix.
     """
 
     tol: float
@@ -69,6 +90,8 @@ class Control:
     parts: tuple[int, ...] = ()
     check_every: int | None = None
     cuda_graphs: bool = False
+    seen: Rounding | None = None
+    coarse: float = 0.0
 
     def __post_init__(self) -> None:
         every = self.check_every
@@ -89,6 +112,11 @@ class Outcome:
     status: Tensor
     steps: Tensor
     residual: Tensor
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an int or a float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_whole(solver: str, option: str, value: object, least: int = 1) -> None:

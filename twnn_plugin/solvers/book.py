@@ -20,11 +20,20 @@ GROWTH = 1e6
 PATIENCE = 10
 """Evaluations between looks for stagnation."""
 _FLOOR = 64.0  # changes below this many ulps of the state cannot be told from rounding
+_COARSE = 2.0  # the same in half precision, where 64 ulps are half of the state
 
 
-def stagnated(change: Tensor, earlier: Tensor, size: Tensor) -> Tensor:
-    """(b,) bool: the change is at the rounding floor and no smaller than ``PATIENCE`` evaluations ago."""
-    return (change > 0.9 * earlier) & (change <= _FLOOR * torch.finfo(change.dtype).eps * size)
+def stagnated(change: Tensor, earlier: Tensor, size: Tensor, coarse: float = 0.0) -> Tensor:
+    """(b,) bool: the change is at the rounding floor and no smaller than ``PATIENCE`` evaluations ago.
+
+    Args:
+        change: (b,) now.
+        earlier: (b,) then.
+        size: (b,) of the state.
+        coarse: rounding error in half precision; see :class:`~twnn_plugin.solvers.base.Control`.
+    """
+    floor = max(_FLOOR * torch.finfo(change.dtype).eps, _COARSE * coarse)
+    return (change > 0.9 * earlier) & (change <= floor * size)
 
 
 class _Piece(NamedTuple):
@@ -68,6 +77,8 @@ class Book:
         control = self.control
         if r.requires_grad:
             r, fz = r.detach(), fz.detach()
+        if control.seen is not None:
+            r = fz - control.seen.rounded(z.detach())
         change, size = measure(r, fz, control.norm, control.parts)
         bound = self.threshold(size)
         if self.limit is None:
@@ -93,7 +104,7 @@ class Book:
         going_on = (change > self.bound).logical_and_(low)
         if k % PATIENCE == 0:
             if self.earlier is not None:
-                self.stalled = stagnated(change, self.earlier, self.size)
+                self.stalled = stagnated(change, self.earlier, self.size, control.coarse)
                 going_on &= ~self.stalled
             self.earlier = change
         if control.callback is not None:

@@ -89,7 +89,8 @@ class _Steps:
         z, alive = carry.z, carry.alive
         fz = self.problem.evaluate(z)
         r = fz - z
-        change, size = measure(r.detach(), fz.detach(), self.control.norm, self.control.parts)
+        seen = r if self.control.seen is None else fz - self.control.seen.rounded(z)
+        change, size = measure(seen.detach(), fz.detach(), self.control.norm, self.control.parts)
         bound = self.threshold(size)
         limit = carry.limit
         if limit is None:
@@ -102,7 +103,7 @@ class _Steps:
         stalled, earlier = carry.stalled, carry.earlier
         if k % PATIENCE == 0:
             if earlier is not None:
-                now = stagnated(change, earlier, size)
+                now = stagnated(change, earlier, size, self.control.coarse)
                 stalled = stalled | (now & alive)
                 going_on = going_on & ~now
             earlier = change

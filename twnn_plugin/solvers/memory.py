@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["device_only", "difference", "free_to_look", "free_to_write"]
+__all__ = ["device_only", "difference", "free_to_look", "free_to_write", "to_unit"]
 
 _device_only: ContextVar[bool] = ContextVar("device_only", default=False)
 
@@ -29,6 +29,22 @@ def free_to_write(x: Tensor) -> bool:
 def difference(a: Tensor, b: Tensor, memory: Tensor | None) -> Tensor:
     """``a - b``, written to ``memory`` if there is any."""
     return a - b if memory is None else torch.sub(a, b, out=memory)
+
+
+def to_unit(x: Tensor, length: Tensor, usable: Tensor) -> Tensor:
+    """(b,) what makes the rows of ``x`` of length 1, zero if they are not usable; with all its derivatives.
+
+    The derivative of a norm is no function that torch can differentiate in every nesting of transforms, and
+    none at zero; that of the square of a vector that is nearly of length 1 already is.
+
+    Args:
+        x: (b, D).
+        length: (b,) of its rows, without derivatives.
+        usable: (b,) bool; the length is positive there.
+    """
+    inverse = usable / torch.where(usable, length, 1.0)
+    x = x * inverse[:, None]
+    return inverse * torch.where(usable, torch.linalg.vecdot(x, x), 1.0).rsqrt()
 
 
 @contextmanager

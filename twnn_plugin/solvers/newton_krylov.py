@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..errors import OptionError
 from .axpy import add_scaled_
-from .base import Control, Outcome, Problem, StepSolver, WholeSolver, check_whole
+from .base import Control, Outcome, Problem, StepSolver, WholeSolver, check_whole, is_number
 from .driver import drive_rows
 from .measure import measure, threshold
+from .memory import to_unit
 
 __all__ = ["Newton", "NewtonKrylov", "NewtonSteps"]
 
@@ -76,7 +77,7 @@ class NewtonKrylov(WholeSolver):
     def __post_init__(self) -> None:
         check_whole("newton_krylov", "memory", self.memory)
         check_whole("newton_krylov", "start", self.start, least=0)
-        if not 0 < self.forcing < 1:
+        if not is_number(self.forcing) or not 0 < self.forcing < 1:
             raise OptionError(
                 f"Option forcing of solver 'newton_krylov' must be in (0, 1); got {self.forcing!r}."
             )
@@ -141,17 +142,17 @@ class NewtonSteps(StepSolver):
         cut = -(self.method.memory - 1) or len(state.q)
         q_old, p_old, live = state.q[cut:], state.p[cut:], state.live[:, cut:]
         # An exact secant pair, whatever rounding made of the step h.
-        inverse = (probing / torch.where(probing, state.h, 1.0))[:, None]
+        apart = probing & (state.h > 0)  # not so where state and f's value are zero: nothing can be learnt
+        inverse = (apart / torch.where(apart, state.h, 1.0))[:, None]
         p, q = (z - state.z) * inverse, (state.r - r) * inverse
         length = torch.linalg.vector_norm(q.detach(), dim=1)
         for q_j, p_j, live_j in zip(q_old, p_old, live.unbind(1), strict=True):
             share = -torch.linalg.vecdot(q_j, q) * live_j
             q, p = add_scaled_(q, q_j, share), add_scaled_(p, p_j, share)
-        rest = torch.linalg.vector_norm(q, dim=1)
-        usable = probing & (rest > _DEPENDENT * length)
-        # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
-        inverse = (usable / torch.where(usable, rest, 1.0))[:, None]
-        q, p = q * inverse, p * inverse
+        rest = torch.linalg.vector_norm(q.detach(), dim=1)
+        usable = apart & (rest > _DEPENDENT * length)
+        size = to_unit(q, rest, usable)[:, None]
+        q, p = q * size, p * size
         alpha = torch.linalg.vecdot(q, state.s)
         s = torch.addcmul(state.s, q, alpha[:, None], value=-1)
         d = torch.addcmul(state.d, p, alpha[:, None])

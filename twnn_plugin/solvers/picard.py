@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from .base import Problem, StepSolver
+from .base import Problem, StepSolver, is_number
 
 __all__ = ["Picard"]
 
@@ -30,7 +30,7 @@ class Picard(StepSolver):
     keeps_residual: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= 1:
+        if not is_number(self.damping) or not 0 < self.damping <= 1:
             raise OptionError(f"Option damping of solver 'picard' must be in (0, 1]; got {self.damping!r}.")
 
     def step(self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: Any) -> tuple[Tensor, Any]:

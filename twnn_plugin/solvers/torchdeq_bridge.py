@@ -25,7 +25,7 @@ from ..errors import ConvergenceWarning, OptionError, nearest
 from ..state import Layout
 from ..types import Iteration, State, Status
 from . import registry
-from .base import Control, Outcome, Problem, WholeSolver
+from .base import Control, Outcome, Problem, WholeSolver, is_number
 from .book import Book
 from .driver import solve
 from .inplace import differentiable
@@ -167,7 +167,7 @@ class TorchdeqFixedPointIter(_Torchdeq):
     key: ClassVar[str] = "fixed_point_iter"
 
     def __post_init__(self) -> None:
-        self._check("tau", self.tau > 0 and math.isfinite(self.tau), "a positive number")
+        self._check("tau", is_number(self.tau) and 0 < self.tau < math.inf, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class TorchdeqSimpleFixedPointIter(_Torchdeq):
     key: ClassVar[str] = "simple_fixed_point_iter"
 
     def __post_init__(self) -> None:
-        self._check("tau", self.tau > 0 and math.isfinite(self.tau), "a positive number")
+        self._check("tau", is_number(self.tau) and 0 < self.tau < math.inf, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class TorchdeqAnderson(_Torchdeq):
     def __post_init__(self) -> None:
         self._check("m", isinstance(self.m, int) and self.m >= 2, "a whole number, at least 2")
         self._check("lam", self.lam > 0, "positive")
-        self._check("tau", self.tau > 0 and math.isfinite(self.tau), "a positive number")
+        self._check("tau", is_number(self.tau) and 0 < self.tau < math.inf, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -392,6 +392,8 @@ class _Exported:
                 f"max_iter must be at least 1; got {max_iter!r}. (torchdeq's 'sliced' core divides "
                 "f_max_iter by n_states: raise f_max_iter or lower n_states.)"
             )
+        if not float(tol) >= 0:
+            raise OptionError(f"tol must not be negative or NaN; got {tol!r}.")
         solver = registry.make(self.name, **options)
         layout, start = Layout.of(x0, "x0")
         wanted = list(indexing or ())

@@ -93,6 +93,8 @@ class Rows(NamedTuple):
         row.
         """
         alive = self.alive
+        if control.seen is not None:
+            r = fz - control.seen.rounded(self.z)
         change, size = measure(r, fz, control.norm, control.parts)
         bound = threshold(size)
         age = self.age + alive
@@ -102,7 +104,7 @@ class Rows(NamedTuple):
         # An accelerated step may overshoot and the next plain one return: twice over is divergence.
         going_on = alive & (change > bound) & (low | (over > self.over))
         due = age % PATIENCE == 0
-        stuck = due & stagnated(change, self.earlier, size)
+        stuck = due & stagnated(change, self.earlier, size, control.coarse)
         going_on = going_on & ~stuck
         spent = going_on & (age >= control.max_iter)
         broken = alive & ~torch.isfinite(change + bound)  # their value is what f returned
