@@ -24,6 +24,10 @@ _IN_PLACE = (
 )
 
 
+def _capturing(z: Tensor) -> bool:
+    return z.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Equation:
     """``z = f(z, *context)`` for the rows that are still being solved (a ``Problem``).
 
@@ -46,16 +50,20 @@ class Equation:
         return self.layout.pack(self.f(self.layout.unpack(z), *context), z.shape[0])
 
     def evaluate(self, z: Tensor) -> Tensor:
+        first = self.evaluations == 0
         self.evaluations += z.shape[0]
-        if z.is_inference():  # such tensors do not count how often they are written to
-            given = z.clone()
-            fz = self.map(z, *self.context)
-            written = not torch.equal(given.nan_to_num(), z.nan_to_num())
-        else:
-            version = z._version
-            fz = self.map(z, *self.context)
-            written = z._version != version
-        if written:
+        if z.is_inference():  # such tensors do not count how often they are written to: look, once
+            return self._watched(z) if first and not _capturing(z) else self.map(z, *self.context)
+        version = z._version
+        fz = self.map(z, *self.context)
+        if z._version != version:
+            raise MapError(_IN_PLACE)
+        return fz
+
+    def _watched(self, z: Tensor) -> Tensor:
+        given = z.clone()
+        fz = self.map(z, *self.context)
+        if not torch.equal(given.nan_to_num(), z.nan_to_num()):
             raise MapError(_IN_PLACE)
         return fz
 

@@ -105,7 +105,8 @@ def arrange(
             program, found = _prove(model, seen, [ends[i] for i in members], fallback)
         except Refusal as refusal:
             names = [specs[i] for i in members]
-            raise AttachError(_explain(model, seen, stages, names, refusal, fallback)) from refusal
+            explained = _explain(model, seen, stages, names, refusal)
+            raise AttachError(explained + _advice(backbone.gathers(model), fallback)) from refusal
         groups.append(Grouping(tuple(members), program, found))
     _one_rerun(specs, groups)
     return Arrangement(seen, tuple(specs), tuple(groups))
@@ -216,9 +217,8 @@ def _explain(
     stages: Sequence[Stage],
     specs: Sequence[SpanSpec],
     refusal: Refusal,
-    fallback: bool,
 ) -> str:
-    """The message of a refusal."""
+    """What a refusal says."""
     names = [str(spec) for spec in specs]
     subject = (
         f"Span {names[0]!r} cannot be iterated"
@@ -233,11 +233,20 @@ def _explain(
             found = found or _first_that_works(model, seen, _near(specs[0], known))
         if found is not None:
             message += f" The nearest span that works: {str(found)!r}."
-    if not fallback:
-        message += (
-            " fallback=True may iterate it as it is, by running the model's forward again, which is slower."
-        )
     return message
+
+
+def _advice(gathers: bool, fallback: bool) -> str:
+    """What else may help where a span was refused."""
+    if gathers:  # it has no fallback, whatever is asked for
+        return (
+            " In a net made with features_only=True the features that it returns must depend on the span, "
+            "and spans that cannot be replayed have no fallback: let out_indices reach the span's end, or "
+            "attach the wormhole to the whole model."
+        )
+    if fallback:
+        return ""
+    return " fallback=True may iterate it as it is, by running the model's forward again, which is slower."
 
 
 def _one_rerun(specs: Sequence[SpanSpec], groups: Sequence[Grouping]) -> None:

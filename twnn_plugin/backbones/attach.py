@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .. import gates, policies
+from .. import gates
 from ..blocks import Aids, Feedback, SolveSettings
 from ..blocks.paths import MessagePath, path_of
 from ..blocks.prices import set_prices
@@ -17,13 +17,13 @@ from ..errors import AttachError, OptionError, UnknownNameError
 from ..gates import Gate
 from ..modes import evaluating
 from ..policies import Policy
-from ..policies.base import SelectionPolicy
-from ..trees import leaves
+from ..trees import leaves, rebuild
 from . import registry
 from .arrange import Arrangement, arrange
 from .auxiliary import add_auxiliary_loss
 from .base import Backbone
 from .closed_head import add_closed_head, check_closed_head
+from .given import check_flag, check_gate, check_uncompiled, span_policy
 from .listed import ListedBackbone
 from .manners import adopt, last_alone, without_checkpointing
 from .rerun import Rerun
@@ -32,7 +32,7 @@ from .span import AttachedSpan, ReplayedGroup, spans
 from .spec import SpanSpec, listed
 from .survey import run
 
-__all__ = ["CHILD", "OPTIONS", "attach", "spans"]
+__all__ = ["CHILD", "OPTIONS", "Holder", "attach", "spans"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -109,8 +109,8 @@ def attach(
         The model itself.
 
     Raises:
-        AttachError: no adapter knows the model, it has wormholes already, a span goes forward, is named
-            twice, or cannot be iterated; the message has the reason and the nearest span that works.
+        AttachError: no adapter knows the model, it is compiled or has wormholes already, a span goes forward,
+            is named twice, or cannot be iterated; the message has the reason and the nearest span that works.
         UnknownNameError: an unknown stage, gate, policy, block, solver or adjoint, with the nearest name.
         OptionError: an unknown option or an impossible value.
 
@@ -120,15 +120,12 @@ def attach(
     """
     aids, settings = Aids.split(settings)
     solve_settings = SolveSettings().changed(**settings)
+    check_gate(gate)
     make_gate = gate_factory(_budgeted(gate, budget))
-    chosen = policies.registry.resolve(policy)
-    if isinstance(chosen, SelectionPolicy):
-        raise OptionError(
-            f"Policy {type(chosen).__name__} picks among the layers of a network, and has no answer for a "
-            "single wormhole. Create the model as 'dynalay_<name>' (timm.create_model('dynalay_resnet18', "
-            "policy=...)), or build a twnn_plugin.selection.LayerSelection over its layers; with wormholes "
-            "use 'gate', 'always', 'never' or 'random'."
-        )
+    chosen = span_policy(policy)
+    check_flag("fallback", fallback)
+    if isinstance(model, nn.Module):
+        check_uncompiled(model)
     if hasattr(model, CHILD):
         raise AttachError(
             f"This {type(model).__name__} has wormholes already. List them all in one call of attach; change "
@@ -159,7 +156,9 @@ def attach(
                 end = group.program.modules()[-1]
                 check_closed_head(model, closed_head, closed_weight, first, run(model, first), end)
     # Hooks go in only now that every span has passed: a refusal leaves the model as it was.
-    holder = _Holder(_spans(found, feedbacks))
+    holder = Holder(
+        _spans(found, feedbacks), backbone.given if isinstance(backbone, ListedBackbone) else None
+    )
     model.add_module(CHILD, holder.train(model.training))
     if closed_head:
         add_closed_head(model, feedbacks, closed_head, closed_weight)
@@ -222,11 +221,25 @@ class _Builder:
         return feedback.to(like.device, like.dtype)
 
 
-class _Holder(nn.ModuleList):
-    """The wormholes of a model; as a step in a chain it does nothing."""
+class Holder(nn.ModuleList):
+    """The wormholes of a model; as a step in a chain it does nothing.
+
+    Args:
+        spans: the wormholes.
+        example: the input that ``attach`` was given; its first sample is kept, to count work with later.
+            None: the model's adapter knows one.
+    """
+
+    def __init__(self, spans: Sequence[AttachedSpan], example: Any = None):
+        super().__init__(spans)
+        self.example = rebuild(example, _first)
 
     def forward(self, value: Any) -> Any:
         return value
+
+
+def _first(leaf: Any) -> Any:
+    return leaf.detach()[:1].clone() if isinstance(leaf, Tensor) else leaf
 
 
 def find_backbone(model: nn.Module) -> Backbone:

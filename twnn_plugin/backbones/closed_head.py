@@ -50,11 +50,19 @@ class ClosedHead(nn.Module):
         paths: of the classifiers.
         parts: the wormholes.
         weight: of the closed logits' loss.
+        where: as they were named: True, or the path of one.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], parts: Sequence[Feedback], weight: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        parts: Sequence[Feedback],
+        weight: float,
+        where: bool | str = True,
+    ):
         super().__init__()
-        self.paths, self.weight = tuple(paths), weight
+        self.paths, self.weight, self.where = tuple(paths), weight, where
         self.parts = tuple(parts)  # in a tuple: they are the model's children already
         self.heads = nn.ModuleList(copy.deepcopy(model.get_submodule(path)) for path in self.paths)
         self.companion = Companion()
@@ -63,6 +71,7 @@ class ClosedHead(nn.Module):
             part.companion = self.companion
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end, always_call=True)
+        self.hooked: tuple[nn.Module, ...] = ()  # the classifiers; in a tuple for the same reason
         self._hook(model)
         model.register_load_state_dict_pre_hook(self._copy_missing)
 
@@ -71,23 +80,32 @@ class ClosedHead(nn.Module):
         return value
 
     def renew(self, model: nn.Module) -> None:
-        """Copy the classifiers anew, after they were replaced (``reset_classifier``)."""
-        classifiers = _classifiers(model, True)
-        if not classifiers or len(classifiers) != len(self.heads):
+        """Copy the classifiers anew, after they were replaced (``reset_classifier``).
+
+        A model without a classifier returns features, of which there is but one version; the closed head is
+        empty until there is a classifier again.
+
+        Raises:
+            AttachError: there are some classifiers, but not as many as there were.
+        """
+        classifiers = [m for m in _classifiers(model, self.where) if not isinstance(m, nn.Identity)]
+        if classifiers and len(classifiers) != len(self.paths):
             raise AttachError(
-                f"The model had {len(self.heads)} classifier(s) when its closed head was added and has "
+                f"The model had {len(self.paths)} classifier(s) when its closed head was added and has "
                 f"{len(classifiers)} now; the closed head cannot follow."
             )
-        self.paths = tuple(_path(model, classifier) for classifier in classifiers)
+        if classifiers:
+            self.paths = tuple(_path(model, classifier) for classifier in classifiers)
         self.heads = nn.ModuleList(copy.deepcopy(classifier) for classifier in classifiers)
         self._hook(model)
 
     def _hook(self, model: nn.Module) -> None:
-        for place, path in enumerate(self.paths):
-            model.get_submodule(path).register_forward_hook(_Answer(self, place))
+        self.hooked = tuple(model.get_submodule(path) for path in self.paths) if len(self.heads) else ()
+        for place, classifier in enumerate(self.hooked):
+            classifier.register_forward_hook(_Answer(self, place))
 
     def _begin(self, model: nn.Module, args: Any) -> None:
-        self.companion.begin(self.training and torch.is_grad_enabled())
+        self.companion.begin(len(self.heads) > 0 and self.training and torch.is_grad_enabled())
         self.logits = [None] * len(self.heads)
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -123,7 +141,8 @@ class ClosedHead(nn.Module):
         mine = f"{prefix}{CLOSED_HEAD}."
         if any(key.startswith(mine) for key in state):
             return
-        for place, (path, head) in enumerate(zip(self.paths, self.heads, strict=True)):
+        for place, head in enumerate(self.heads):
+            path = self.paths[place]
             for name, value in head.state_dict().items():
                 state[f"{mine}heads.{place}.{name}"] = state.get(f"{prefix}{path}.{name}", value)
 
@@ -203,7 +222,7 @@ def add_closed_head(
 ) -> ClosedHead:
     """Give a model with wormholes a closed head, which :func:`check_closed_head` has let pass."""
     paths = [_path(model, classifier) for classifier in _classifiers(model, where)]
-    head = ClosedHead(model, paths, parts, float(weight))
+    head = ClosedHead(model, paths, parts, float(weight), where)
     model.add_module(CLOSED_HEAD, head.train(model.training))
     reset: Any = getattr(model, "reset_classifier", None)
     if reset is not None:
@@ -221,11 +240,11 @@ def closed_logits(model: nn.Module) -> Tensor | None:
     """The closed network's logits (B, K) for every sample of the last training pass, with their graph.
 
     Returns:
-        None if the model has no closed head, or the last pass was not one of training. To see the closed
-        network in eval mode, configure ``policy="never"``.
+        None if the model has no closed head (or no classifier), or the last pass was not one of training. To
+        see the closed network in eval mode, configure ``policy="never"``.
     """
     head = _head(model)
-    if head is None or any(logits is None for logits in head.logits):
+    if head is None or not head.logits or any(logits is None for logits in head.logits):
         return None
     logits = [value.flatten(1) for value in head.logits if value is not None]
     return torch.stack(logits).mean(dim=0) if len(logits) > 1 else logits[0]

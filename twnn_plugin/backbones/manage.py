@@ -15,8 +15,9 @@ from ..errors import AttachError, OptionError, UnknownNameError, nearest
 from ..gates import Budget, LearnedGate
 from ..selection import LayerSelection, selection_of
 from ..sequence import TemporalSpan
-from .calibrate import renew_prices
 from .closed_head import ClosedHead, check_weight
+from .given import span_policy
+from .pricing import renew_prices, unchanged_on_error
 from .span import AttachedSpan
 
 __all__ = ["configure", "report"]
@@ -98,7 +99,7 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
                 f"configure has no option {name!r}.{nearest(name, known)} Its options: {', '.join(known)}."
             )
     gate_options = {name: options.pop(name) for name in _GATE_OPTIONS if name in options}
-    policy = policies.registry.resolve(options.pop("policy")) if "policy" in options else None
+    policy = span_policy(options.pop("policy")) if "policy" in options else None
     aids = {name: options.pop(name) for name in _AIDS if name in options}
     head = _closed_head(model, options)
     weight = options.pop("closed_weight", None)
@@ -106,18 +107,20 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
     changed = [part.settings.changed(**options) for part in solved]
     helped = _changed_aids(solved if "jacobian" in aids else parts, aids)
     _check_gates(parts, gate_options)
+    with unchanged_on_error(model):
+        for part in parts:
+            _set_gate(part, gate_options)
+        if "budget" in gate_options:
+            renew_prices(model)
     for part, settings in zip(solved, changed, strict=True):
         part.settings = settings
-    for part in parts:
-        if policy is not None:
-            part.policy = policy
-        _set_gate(part, gate_options)
+    if policy is not None:
+        for part in parts:
+            part.policy = policy.train(part.training)
     for part, changed_aids in helped:
         part.aids = changed_aids
     if head is not None:
         head.weight = float(weight)
-    if "budget" in gate_options:
-        renew_prices(model)
     return model
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import AttachError, nearest
 from . import timm_adapter
 from .attach import CHILD, OPTIONS, attach
+from .closed_head import CLOSED_HEAD
 
 __all__ = ["default_cfgs", "register_wormhole_models"]
 
@@ -71,14 +72,15 @@ def _build(
     if kwargs.get("pretrained_model_args"):  # those of a saved model, its wormholes included
         saved = kwargs["pretrained_model_args"]
         kwargs["pretrained_model_args"] = {k: v for k, v in saved.items() if k not in OPTIONS}
-    config, mine = None, {}
+    config, mine, heads = None, {}, {}
     if pretrained:
         overlay = kwargs.pop("pretrained_cfg_overlay", None)
         config = timm_adapter.resolved(PREFIX + name, kwargs.get("pretrained_cfg"), overlay)
         kwargs["pretrained_cfg"] = config
         if timm_adapter.from_elsewhere(config):
             state = timm_adapter.weights(config, kwargs.get("cache_dir"))
-            mine = {key: state.pop(key) for key in list(state) if key.startswith(f"{CHILD}.")}
+            mine = _taken(state, CHILD)
+            heads = _taken(state, CLOSED_HEAD)
             kwargs["pretrained_cfg"] = timm_adapter.with_weights(config, state)
     # The backbone's weights are loaded by timm, adapted and strictly, before there are wormholes.
     try:
@@ -92,15 +94,29 @@ def _build(
     model = attach(backbone, **options)
     timm_adapter.rename(model, PREFIX + name, config)
     if mine:
-        _load(model, mine)
+        _load(model.get_submodule(CHILD), mine)
+    head = dict(model.named_children()).get(CLOSED_HEAD)
+    if heads and head is not None and _as_many_classes(head, heads):
+        _load(head, heads)
     return model
 
 
-def _load(model: nn.Module, state: dict[str, Any]) -> None:
-    """Load the wormholes' own weights."""
-    holder = model.get_submodule(CHILD)
+def _taken(state: dict[str, Any], child: str) -> dict[str, Any]:
+    """Take a child's weights out of a state, by their names in the child."""
+    names = [key for key in state if key.startswith(f"{child}.")]
+    return {key.removeprefix(f"{child}."): state.pop(key) for key in names}
+
+
+def _as_many_classes(head: nn.Module, saved: dict[str, Any]) -> bool:
+    """Whether the saved classifiers are of this size: of another one, timm leaves a fresh one in place."""
+    own = head.state_dict()
+    return all(own[key].shape == value.shape for key, value in saved.items() if key in own)
+
+
+def _load(holder: nn.Module, state: dict[str, Any]) -> None:
+    """Load what the backbone knows nothing of."""
     try:
-        holder.load_state_dict({key.removeprefix(f"{CHILD}."): value for key, value in state.items()})
+        holder.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
         raise AttachError(

@@ -79,7 +79,7 @@ def survey(model: nn.Module, backbone: Backbone, stages: Sequence[Stage], ends: 
             try:
                 flows = [_follow(stand_in, nodes, value, device) for value in inputs]
             except Exception as error:  # whatever the model trips over: a size, a device
-                errors.append(str(error).strip().split("\n")[0] or type(error).__name__)
+                errors.append(str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__)
                 continue
             real = {path: model.get_submodule(path) for path in nodes}
             for call in (call for flow in flows for call in flow.calls):
@@ -88,7 +88,8 @@ def survey(model: nn.Module, backbone: Backbone, stages: Sequence[Stage], ends: 
     reasons = "; ".join(dict.fromkeys(errors)) or "the backbone adapter has none"
     raise AttachError(
         f"This {type(model).__name__} runs with no example input, so that nothing is known of its stages: "
-        f"{reasons}. Give attach an input that it runs with: example=..."
+        f"{reasons}. Make the plain model and give attach an input that it runs with: "
+        "tw.attach(model, example=x)."
     )
 
 

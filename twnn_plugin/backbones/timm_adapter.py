@@ -68,8 +68,10 @@ class TimmBackbone(Backbone):
         if first:
             channels = getattr(modules.get(self.path(model, first)), "in_channels", channels)
             channels = max(1, channels // fold)
-        patches = modules.get(self.path(model, "patch_embed"))
-        size = getattr(patches, "img_size", None)
+        # The first convolution is part of what cuts an image into patches, and knows its size.
+        holder = first.rpartition(".")[0] if first else ""
+        holders = [modules.get(self.path(model, path)) for path in ("patch_embed", holder) if path]
+        size = next((known for part in holders if (known := getattr(part, "img_size", None))), None)
         if size:
             height, width = size
         elif small is not None and not config.get("fixed_input_size", False):

@@ -89,9 +89,11 @@ class Message(nn.Module):
         path: nn.Module | None = None,
     ):
         super().__init__()
-        if not torch.isfinite(torch.tensor(scale)) or scale == 0:
+        # A number's own arithmetic: under a default device without values there are no tensors to ask.
+        known = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not known or not math.isfinite(scale) or scale == 0:
             raise ValueError(
-                f"A message's scale must be finite and not zero, or nothing is learnt; got {scale!r}."
+                f"A message's scale must be a finite number, not zero, or nothing is learnt; got {scale!r}."
             )
         self.source, self.target, self.contraction = source, target, contraction
         self.path = path
@@ -99,7 +101,7 @@ class Message(nn.Module):
         self.project = nn.Linear(in_channels, out_channels, bias=False)
         if contraction is not None:
             contractive(self.project, 1.0)
-        self.scale = nn.Parameter(torch.full((out_channels,), scale))
+        self.scale = nn.Parameter(torch.full((out_channels,), float(scale)))
 
     def weight(self) -> Tensor:
         """(out_channels, in_channels) projection and scale in one, constrained; made once a solve."""

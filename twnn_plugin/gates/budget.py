@@ -52,7 +52,15 @@ class Budget:
             effort: replays that an open sample takes.
             price: multiply-adds of a replay relative to those of the plain network.
         """
+        spent = self.replays(price)
+        return self.value if spent is None else min(spent / max(effort, 1e-9), 1.0)
+
+    def replays(self, price: float) -> float | None:
+        """The mean replays per sample that may be spent; None: the budget is a share.
+
+        Args:
+            price: see :meth:`share`.
+        """
         if self.kind == "share":
-            return self.value
-        spent = self.value if self.kind == "rows" else (self.value - 1) / max(price, 1e-9)
-        return min(spent / max(effort, 1e-9), 1.0)
+            return None
+        return self.value if self.kind == "rows" else (self.value - 1) / max(price, 1e-9)

@@ -153,6 +153,10 @@ class LearnedGate(Gate):
             return self._budget.value
         return self._budget.share(float(self.effort), float(self.price))
 
+    def replays(self) -> float | None:
+        """The mean replays per sample that the budget allows; None without a budget, or for a share."""
+        return None if self._budget is None else self._budget.replays(float(self.price))
+
     def counts_cost(self) -> bool:
         """Whether the budget is in multiply-adds, so that :attr:`price` matters."""
         return self._budget is not None and self._budget.kind == "cost"

@@ -108,7 +108,9 @@ def _again(block: nn.Module, place: Bookmark) -> Iterator[None]:
                 setattr(module, name, buffer)
 
 
-def blocks(model: nn.Module, skip: Sequence[nn.Module] = ()) -> list[nn.Module]:
+def blocks(
+    model: nn.Module, skip: Sequence[nn.Module] = (), outside: Sequence[nn.Module] = ()
+) -> list[nn.Module]:
     """The modules that are worth computing again: the composite ones that the model is a chain of.
 
     Stock containers are opened, and so are stages that checkpoint on their own in timm. What solves an
@@ -117,15 +119,17 @@ def blocks(model: nn.Module, skip: Sequence[nn.Module] = ()) -> list[nn.Module]:
     Args:
         model: the model.
         skip: children to leave out.
+        outside: modules that are to be called once a pass, for what their hooks do: no block has one inside.
     """
     found: list[nn.Module] = []
     for child in model.children():
         if child in skip or not any(True for _ in child.children()):
             continue
         inner: list[nn.Module] = []
-        if type(child) in _STOCK or any(hasattr(m, _FLAG) for m in child.modules()):
-            inner = blocks(child)
-        found += inner or ([child] if type(child) not in _STOCK and _plain(child) else [])
+        opened = type(child) in _STOCK or any(m in outside for m in child.modules())
+        if opened or any(hasattr(m, _FLAG) for m in child.modules()):
+            inner = blocks(child, (), outside)
+        found += inner or ([child] if not opened and _plain(child) else [])
     return list(dict.fromkeys(found))
 
 

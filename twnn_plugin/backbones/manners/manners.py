@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import AttachError
+from ..closed_head import CLOSED_HEAD, ClosedHead
 from ..intact import guard
 from ..span import AttachedGroup, spans
 from ..trace import candidates
@@ -17,6 +18,8 @@ from . import checkpointing
 from .intermediates import settled_taps
 
 __all__ = ["Manners", "adopt"]
+
+_GROUP = 12  # parameters in a group of layers, where timm divides a model by itself
 
 
 class Manners:
@@ -47,7 +50,9 @@ class Manners:
         statistics are counted once a forward pass.
         """
         holder = self.model.get_submodule(self.child)
-        checkpointing.switch(checkpointing.blocks(self.model, (holder,)), enable)
+        heads = [child for child in self.model.children() if isinstance(child, ClosedHead)]
+        answered = [classifier for head in heads for classifier in head.hooked]
+        checkpointing.switch(checkpointing.blocks(self.model, (holder, *heads), answered), enable)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone, the wormholes' included.
@@ -58,6 +63,35 @@ class Manners:
         holder = self.model.get_submodule(self.child)
         mine = {f"{self.child}.{name}" for name, p in holder.named_parameters() if p.dim() <= 1}
         return mine | set(own() if own is not None else ())
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Groups for layer decay, for a model whose class has none: timm's own, wormholes in the last one.
+
+        As timm does without a matcher, twelve parameters are a group, and the classifier's are the last. The
+        backbone's groups are those of the plain model.
+
+        Args:
+            coarse: as in timm; there is but one division.
+
+        Returns:
+            The group of a parameter or module by its name.
+        """
+        added = tuple(f"{name}." for name in (self.child, CLOSED_HEAD))
+        names = [name for name, _ in self.model.named_parameters() if not name.startswith(added)]
+        declared: Any = getattr(self.model, "pretrained_cfg", None) or {}
+        head = declared.get("classifier")
+        heads = tuple(head) if isinstance(head, (tuple, list)) else (head or "",)
+        trunk = [name for name in names if not name.startswith(heads)]
+        groups = {name: place // _GROUP for place, name in enumerate(trunk)}
+        behind = len(trunk) + _GROUP - 1
+        groups.update({name: behind // _GROUP for name in names if name not in groups})
+        last = max(groups.values(), default=0)
+
+        def group(name: str) -> int:
+            inside = [place for known, place in groups.items() if known.startswith(f"{name}.")]
+            return groups.get(name, min(inside, default=last))
+
+        return group
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         """As in timm; as before any pass, the spans are looked after."""
@@ -163,6 +197,8 @@ def adopt(
     names = ["set_grad_checkpointing", "no_weight_decay"]
     standing = ("forward_features", "forward_intermediates", "prune_intermediate_layers")
     names += [n for n in standing if hasattr(type(model), n)]
+    if not hasattr(model, "group_matcher"):
+        names.append("group_matcher")
     for name in names + ["forward"] * features:
         if name not in vars(model):
             setattr(model, name, getattr(manners, name))

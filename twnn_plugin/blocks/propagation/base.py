@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -190,6 +190,18 @@ class Propagator(nn.Module, ABC):
             made.weight = nn.Parameter(_in_time(self.weight.detach(), layers))
             made.bias = None if self.bias is None else nn.Parameter(_in_time(self.bias.detach(), layers))
         return made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the parameters; torch's own hook for it, which ``to``, ``half`` and others call.
+
+        A stack of kernels has five axes, as many as a kernel in three dimensions, but is none: memory formats
+        such as ``channels_last`` are for the kernels, which each layer is given, and leave the stack alone.
+        """
+
+        def flat(value: Tensor) -> Tensor:
+            return fn(value) if value.dim() != 5 else fn(value.flatten(1)).view(value.shape)
+
+        return super()._apply(flat, recurse)
 
     def extra_repr(self) -> str:
         kind = "dense" if self.kernel_size is None else f"kernel_size={self.kernel_size}"

@@ -1,0 +1,68 @@
+"""What users give to ``attach`` and ``configure``, looked at before anything is made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .. import policies
+from ..errors import AttachError, OptionError
+from ..gates import Gate
+from ..policies import Policy
+from ..policies.base import SelectionPolicy
+
+__all__ = ["check_flag", "check_gate", "check_uncompiled", "span_policy"]
+
+
+def span_policy(given: str | Policy) -> Policy:
+    """The policy for wormholes that a name or an instance stands for.
+
+    Raises:
+        UnknownNameError: no such policy.
+        OptionError: it is none, or one that picks among layers.
+    """
+    policy = policies.registry.resolve(given)
+    if isinstance(policy, SelectionPolicy):
+        raise OptionError(
+            f"Policy {type(policy).__name__} picks among the layers of a network, and has no answer for a "
+            "single wormhole. Create the model as 'dynalay_<name>' (timm.create_model('dynalay_resnet18', "
+            "policy=...)), or build a twnn_plugin.selection.LayerSelection over its layers; with wormholes "
+            "use 'gate', 'always', 'never' or 'random'."
+        )
+    return policy
+
+
+def check_gate(given: Any) -> None:
+    """Raise :class:`OptionError` unless ``given`` has the form of a gate: a name, (name, options), a gate."""
+    pair = isinstance(given, (tuple, list)) and len(given) == 2
+    if isinstance(given, (str, Gate)) or (
+        pair and isinstance(given[0], str) and isinstance(given[1], dict) and all(map(_is_name, given[1]))
+    ):
+        return
+    raise OptionError(
+        "gate is a registered name such as 'sigmoid', a name with a dict of its options such as "
+        f"('sigmoid', {{'temperature': 0.5}}), or a gate; got {given!r}."
+    )
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str)
+
+
+def check_flag(name: str, given: Any) -> None:
+    """Raise :class:`OptionError` unless an option that is switched on or off is True or False."""
+    if not isinstance(given, bool):
+        raise OptionError(f"{name} is True or False; got {given!r}.")
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """Raise :class:`AttachError` if a model is compiled: its code runs without the hooks that come later."""
+    # torch has no public question for either: what torch.compile(model) returns holds the model under this
+    # name, and model.compile() leaves its code under that one.
+    if "_orig_mod" in dict(model.named_children()) or getattr(model, "_compiled_call_impl", None) is not None:
+        raise AttachError(
+            f"This {type(model).__name__} is compiled already, and what is compiled knows nothing of "
+            "wormholes that come later. Attach them to the plain model and compile it then: "
+            "torch.compile(tw.attach(model, ...))."
+        )
