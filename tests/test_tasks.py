@@ -210,10 +210,10 @@ def test_models_know_their_task():
 
 @pytest.fixture
 def benchmark_files(tmp_path):
-    """The benchmark's layout, with sets of ours."""
+    """The layout of the benchmark's package (easy-to-hard-data 1.0.0), with sets of ours."""
     strings = prefix_sums(24, 10)
-    folder = tmp_path / "prefix_sums_data" / "len_24"
-    folder.mkdir(parents=True)
+    folder = tmp_path / "prefix_sums_data"
+    folder.mkdir()
     torch.save(strings.inputs[:, 0], folder / "24_data.pth")
     torch.save(strings.targets.float(), folder / "24_targets.pth")
     pictures = mazes(9, 10)
@@ -228,7 +228,14 @@ def benchmark_files(tmp_path):
 def test_the_benchmarks_own_files_are_read(benchmark_files):
     root, strings, pictures = benchmark_files
     assert same(read_examples("prefix_sums", root, 24, "test"), strings)
-    assert same(read_examples("prefix_sums", root / "prefix_sums_data" / "len_24", 24, "test"), strings)
+    folder = root / "prefix_sums_data"
+    assert same(read_examples("prefix_sums", folder, 24, "test"), strings)
+    older = folder / "len_24"  # where they lay before
+    older.mkdir()
+    for name in ("24_data.pth", "24_targets.pth"):
+        (folder / name).rename(older / name)
+    for given in (root, folder, older):
+        assert same(read_examples("prefix_sums", given, 24, "test"), strings)
     read = read_examples("mazes", root, 9, "test")
     assert same(read, pictures)
     assert torch.equal(read.difficulty["path"], pictures.difficulty["path"])
@@ -237,7 +244,7 @@ def test_the_benchmarks_own_files_are_read(benchmark_files):
 
 def test_missing_and_broken_files_are_named(benchmark_files):
     root, *_ = benchmark_files
-    with pytest.raises(DataError, match="len_25"):
+    with pytest.raises(DataError, match=r"no prefix_sums_data/25_data\.pth or .*len_25"):
         read_examples("prefix_sums", root, 25, "test")
     with pytest.raises(ConfigError, match="pathfinder"):
         read_examples("pathfinder", root, 9, "test")

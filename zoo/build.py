@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import twnn_plugin  # noqa: F401  (registers our models with timm)
-from twnn_plugin.errors import nearest
+from twnn_plugin.errors import AttachError, MapError, UnknownNameError, nearest
 
 from .checkpoint import read_weights
 from .data import DataSpec
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, ZooError
 
-__all__ = ["build_model", "fill_in", "load_weights"]
+__all__ = ["build_model", "create", "fill_in", "load_weights"]
 
 # timm resolves these itself: weights on a hub or in a folder
 _REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -43,12 +43,40 @@ def build_model(
             "See 'twnn list models' and timm.list_models()."
         )
     options = {"num_classes": spec.num_classes, "in_chans": spec.in_chans, **(model_kwargs or {})}
-    try:
-        model = timm.create_model(name, pretrained=pretrained, **options)
-    except TypeError as error:
-        raise ConfigError(f"The model {name!r} does not take these options ({options}): {error}") from error
+    model = create(name, pretrained, options)
     _check_fit(name, model, spec)
     return model
+
+
+def create(name: str, pretrained: bool = False, options: Mapping[str, Any] | None = None) -> nn.Module:
+    """``timm.create_model`` with an error of one line where the model cannot be built.
+
+    Args:
+        name: a registered name.
+        pretrained: load published weights.
+        options: of the model.
+
+    Raises:
+        ConfigError: an option that the model does not take or a value that it cannot be built with, or there
+            are no published weights, or they are of a model with other options.
+        UnknownNameError, AttachError, MapError: see there.
+    """
+    try:
+        return timm.create_model(name, pretrained=pretrained, **(options or {}))
+    except (ZooError, UnknownNameError, AttachError, MapError):
+        raise  # they say what to do
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = {key: _short(value) for key, value in (options or {}).items()}
+        weights = " with its published weights" if pretrained else ""
+        reason = str(error).strip() or type(error).__name__
+        raise ConfigError(
+            f"The model {name!r} cannot be built{weights} from these options ({given}): {reason}"
+        ) from error
+
+
+def _short(value: Any) -> Any:
+    """A module by its name: its whole structure would hide the message."""
+    return type(value).__name__ if isinstance(value, nn.Module) else value
 
 
 def _check_fit(name: str, model: nn.Module, spec: DataSpec) -> None:

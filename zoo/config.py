@@ -131,7 +131,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in _NOT_NEGATIVE:
-            self._require(name, getattr(self, name) >= 0, "at least 0")
+            value = getattr(self, name)
+            self._require(name, value >= 0 and math.isfinite(value), "a finite number, at least 0")
         for name in ("lr", "decay_rate", "decay_epochs"):
             value = getattr(self, name)
             self._require(name, value > 0 and math.isfinite(value), "a positive number")

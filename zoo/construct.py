@@ -14,7 +14,7 @@ from twnn_plugin.errors import nearest
 from twnn_plugin.policies.base import Policy, SelectionPolicy, SpanPolicy
 from twnn_plugin.policies.oracle import OraclePolicy
 
-from .build import build_model
+from .build import build_model, create
 from .config import TrainConfig
 from .data import Batches, DataSplits, load_data
 from .data.text import TextBatches, TextSplits, load_text
@@ -198,10 +198,7 @@ def _text_model(name: str, spec: TextSpec, options: dict[str, Any]) -> nn.Module
         "task": spec.task,
         **options,
     }
-    try:
-        model = timm.create_model(name, **given)
-    except TypeError as error:
-        raise ConfigError(f"The model {name!r} does not take these options ({options}): {error}") from error
+    model = create(name, options=given)
     with torch.no_grad():
         last = (spec.vocab_size or 1) - 1  # a vocabulary that is too short should fail now
         logits = model.eval()(torch.full((2, spec.length), last))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .learner import LearningPolicy
+from .numbers import check_number
 from .selection import Selection, SelectionView
 
 __all__ = ["ControllerPolicy"]
@@ -27,6 +28,9 @@ class ControllerPolicy(LearningPolicy):
         anneal: training steps over which it falls, linearly.
         cost_weight: subtracted from the scores of going back, per unit of price; a skip does not lower it.
         forward_bias: initial logit of going forward.
+
+    Raises:
+        OptionError: an impossible value.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class ControllerPolicy(LearningPolicy):
         forward_bias: float = 1.0,
     ):
         super().__init__("twnn_controller", hidden, epsilon, final_epsilon, anneal)
+        check_number("twnn_controller", "cost_weight", cost_weight)
+        check_number("twnn_controller", "forward_bias", forward_bias)
         self.cost_weight, self.forward_bias = cost_weight, forward_bias
 
     def build(self, inputs: int, layers: int) -> None:

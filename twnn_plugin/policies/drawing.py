@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from .numbers import is_number
 from .selection import SelectionView
 
 __all__ = ["check_weights", "drawn_layers"]
@@ -24,15 +25,15 @@ def check_weights(
         layers: names of the layers, where they are known.
 
     Raises:
-        OptionError: a negative one, none above 0, or not one for each layer.
+        OptionError: a negative one or one that is not finite, none above 0, or not one for each layer.
     """
     if weights is None:
         return None
-    numbers = isinstance(weights, Sequence) and all(isinstance(w, (int, float)) for w in weights)
+    numbers = isinstance(weights, Sequence) and all(is_number(w) for w in weights)
     if not numbers or min(weights, default=0) < 0 or not sum(weights) > 0:
         raise OptionError(
-            f"Option weights of policy {policy!r} must be numbers >= 0 that sum to more than 0, one for each "
-            f"layer; got {weights!r}."
+            f"Option weights of policy {policy!r} must be finite numbers >= 0 that sum to more than 0, "
+            f"one for each layer; got {weights!r}."
         )
     if layers is not None and len(weights) != len(layers):
         raise OptionError(

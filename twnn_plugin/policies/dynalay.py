@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .learner import LearningPolicy
+from .numbers import check_number
 from .selection import Selection, SelectionView
 
 __all__ = ["DynaLayPolicy"]
@@ -45,6 +46,9 @@ class DynaLayPolicy(LearningPolicy):
         estimator: ``"reinforce"``: the gradient of the expected reward by Williams (1992), with a learned
             baseline; ``"gumbel"``: straight-through Gumbel softmax (Jang et al. 2017), whose gradient is the
             loss's own.
+
+    Raises:
+        OptionError: an impossible value.
     """
 
     def __init__(
@@ -59,10 +63,9 @@ class DynaLayPolicy(LearningPolicy):
         estimator: str = "reinforce",
     ):
         super().__init__("dynalay", hidden, epsilon, final_epsilon, anneal)
-        if not temperature > 0:
-            raise OptionError(
-                f"Option temperature of policy 'dynalay' must be positive; got {temperature!r}."
-            )
+        check_number("dynalay", "temperature", temperature, "positive", lambda value: value > 0)
+        check_number("dynalay", "cost_weight", cost_weight)
+        check_number("dynalay", "nop_bias", nop_bias)
         if estimator not in ("reinforce", "gumbel"):
             raise OptionError(
                 f"Option estimator of policy 'dynalay' is 'reinforce' or 'gumbel'; got {estimator!r}."

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import OptionError, nearest
 from .base import SelectionPolicy
 from .drawing import check_weights, drawn_layers
+from .numbers import check_number
 from .selection import Selection, SelectionView
 
 __all__ = ["EntropyPolicy"]
@@ -52,8 +53,8 @@ class EntropyPolicy(SelectionPolicy):
                     f"Options {one[0]} and {other[0]} of policy 'entropy' exclude each other; got "
                     f"{one[1]!r} and {other[1]!r}. Leave one of them out."
                 )
-        if share is not None and not (isinstance(share, (int, float)) and 0 <= share <= 1):
-            raise OptionError(f"Option share of policy 'entropy' must be in [0, 1]; got {share!r}.")
+        if share is not None:
+            check_number("entropy", "share", share, "in [0, 1]", lambda value: 0 <= value <= 1)
         threshold = _THRESHOLD if threshold is None else threshold
         if not isinstance(threshold, (int, float)) or math.isnan(threshold) or threshold < 0:
             raise OptionError(f"Option threshold of policy 'entropy' must be >= 0 nats; got {threshold!r}.")

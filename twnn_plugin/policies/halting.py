@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, nearest
 from .learner import LearningPolicy
+from .numbers import check_number
 from .selection import Selection, SelectionView
 
 __all__ = ["HaltingPolicy"]
@@ -31,6 +32,9 @@ class HaltingPolicy(LearningPolicy):
         prior: probability of halting that the prior has at each step, in (0, 1).
         epsilon: share of random choices in training.
         cost_weight: subtracted from the logit of going on, per unit of price.
+
+    Raises:
+        OptionError: an impossible value.
     """
 
     def __init__(
@@ -42,8 +46,12 @@ class HaltingPolicy(LearningPolicy):
         cost_weight: float = 0.0,
     ):
         super().__init__("halting", hidden, epsilon, None, 1)
-        if not 0 < prior < 1:
-            raise OptionError(f"Option prior of policy 'halting' must be in (0, 1); got {prior!r}.")
+        check_number("halting", "prior", prior, "in (0, 1)", lambda value: 0 < value < 1)
+        check_number("halting", "cost_weight", cost_weight)
+        if order is not None and (isinstance(order, str) or not isinstance(order, Sequence)):
+            raise OptionError(
+                f"Option order of policy 'halting' must be a list of layers' names; got {order!r}."
+            )
         self.order = None if order is None else tuple(order)
         self.prior, self.cost_weight = prior, cost_weight
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .base import Policy, SelectionPolicy
+from .numbers import check_number
 from .selection import Selection, SelectionView
 
 __all__ = ["LearningPolicy", "perceive"]
@@ -60,6 +61,9 @@ class LearningPolicy(SelectionPolicy):
         epsilon: share of random choices in training, in [0, 1]; see ``anneal``.
         final_epsilon: what it falls to; None: it stays.
         anneal: training steps over which it falls, linearly.
+
+    Raises:
+        OptionError: an impossible value.
     """
 
     def __init__(self, name: str, hidden: int, epsilon: float, final_epsilon: float | None, anneal: int):
@@ -70,8 +74,8 @@ class LearningPolicy(SelectionPolicy):
                     f"Option {option} of policy {name!r} must be a whole number >= 1; got {value!r}."
                 )
         for option, share in (("epsilon", epsilon), ("final_epsilon", final_epsilon)):
-            if share is not None and not 0 <= share <= 1:
-                raise OptionError(f"Option {option} of policy {name!r} must be in [0, 1]; got {share!r}.")
+            if share is not None:
+                check_number(name, option, share, "in [0, 1]", lambda value: 0 <= value <= 1)
         self.hidden, self.anneal = hidden, anneal
         self.epsilon, self.final_epsilon = epsilon, epsilon if final_epsilon is None else final_epsilon
         self.override: float | None = None

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
 from .base import Policy, PolicyView
 from .drawing import check_weights, drawn_layers
+from .numbers import check_number
 from .selection import Selection, SelectionView
 
 __all__ = ["RandomPolicy"]
@@ -23,12 +23,14 @@ class RandomPolicy(Policy):
     Args:
         p: probability in [0, 1].
         weights: among layers, how much more often each is drawn than the others, >= 0; None: all alike.
+
+    Raises:
+        OptionError: an impossible value.
     """
 
     def __init__(self, p: float = 0.5, weights: Sequence[float] | None = None):
         super().__init__()
-        if not 0 <= p <= 1:
-            raise OptionError(f"Option p of policy 'random' must be in [0, 1]; got {p!r}.")
+        check_number("random", "p", p, "in [0, 1]", lambda value: 0 <= value <= 1)
         self.p = p
         self.weights = check_weights("random", weights)
 

@@ -23,16 +23,17 @@ class Costs:
         parts: of each layer and, last, the head.
         messages: of each connection.
         places: of the layers that can be iterated, among the parts.
+        before: of what comes before the parts, a stem.
 
     Attributes:
-        total: of the open-loop pass.
+        total: of the open-loop pass, with what comes before the parts.
         again: for each layer that can be iterated, of what is computed again after it.
         replay: for each, of one evaluation of it with its message.
         prices: (N,) one evaluation and what follows, as a share of the total.
     """
 
-    def __init__(self, parts: Sequence[int], messages: Sequence[int], places: Sequence[int]):
-        self.parts, self.messages, self.total = tuple(parts), tuple(messages), sum(parts)
+    def __init__(self, parts: Sequence[int], messages: Sequence[int], places: Sequence[int], before: int = 0):
+        self.parts, self.messages, self.total = tuple(parts), tuple(messages), before + sum(parts)
         self.again = tuple(sum(parts[place + 1 :]) for place in places)
         self.replay = tuple(parts[place] + message for place, message in zip(places, messages, strict=True))
         whole = max(self.total, 1)
@@ -43,7 +44,7 @@ def probe(modules: Sequence[nn.Module], names: Sequence[str], example: Tensor) -
     """The activations from the input to the logits, in eval mode.
 
     Raises:
-        MapError: a layer does not map a tensor to a tensor of the same batch size.
+        MapError: a layer does not map a tensor to a tensor of the same batch size, of floating point.
     """
     values = [example]
     with evaluating(*modules):
@@ -55,14 +56,31 @@ def probe(modules: Sequence[nn.Module], names: Sequence[str], example: Tensor) -
                     f"Layer {name!r} must return one tensor with the {example.shape[0]} rows it was "
                     f"given; it returned {got}."
                 )
+            if not out.is_floating_point():
+                raise MapError(
+                    f"Layer {name!r} must return floating point numbers, which can be iterated and "
+                    f"differentiated; it returned {out.dtype}. Convert them in the layer."
+                )
             values.append(out)
     return values
 
 
 def count(
-    modules: Sequence[nn.Module], feedbacks: Sequence[Feedback], places: Sequence[int], x: Tensor
+    modules: Sequence[nn.Module],
+    feedbacks: Sequence[Feedback],
+    places: Sequence[int],
+    x: Tensor,
+    before: int = 0,
 ) -> Costs:
-    """Multiply-adds of each part for one sample of the shape of those in ``x`` (B, ...)."""
+    """Multiply-adds of each part for one sample of the shape of those in ``x`` (B, ...).
+
+    Args:
+        modules: the layers and, last, the head.
+        feedbacks: the connections of those that can be iterated.
+        places: of these, among the modules.
+        x: (B, ...) what the first layer is given.
+        before: multiply-adds of what comes before it.
+    """
     parts: list[int] = []
     messages: list[int] = []
     states = [x.detach().new_zeros(1, *x.shape[1:])]
@@ -79,4 +97,4 @@ def count(
             with FlopCounterMode(display=False) as counter:
                 feedback.message(states[place + 1], states[place].shape, weight)
             messages.append(counter.get_total_flops() // 2)
-    return Costs(parts, messages, places)
+    return Costs(parts, messages, places, before)

@@ -17,6 +17,7 @@ from ..errors import MapError, OptionError, UnknownNameError, nearest
 from ..policies import Policy
 from .connection import Connection
 from .costs import Costs, count, probe
+from .protocols import Separable
 from .record import SelectionRecord, SelectionReport
 from .sweep import Sweeps
 
@@ -51,7 +52,7 @@ class LayerSelection(nn.Module):
         last: what was done in the last forward pass.
 
     Raises:
-        OptionError: an impossible option.
+        OptionError: an impossible option, or a policy for single spans.
         UnknownNameError: ``iterated`` names no layer.
         MapError: a layer does not map a tensor to a tensor of the same batch size, or cannot be iterated.
     """
@@ -80,6 +81,7 @@ class LayerSelection(nn.Module):
         if not chosen or len(set(chosen)) != len(chosen):
             raise OptionError(f"A selection needs layers, each named once; got {chosen!r} of {names!r}.")
         self.max_choices = _checked(max_choices)
+        _check_selects(policy)
         # In a tuple, so that they do not become children of this module.
         self.modules_in_order = (*(layers[name] for name in names), head)
         self.names = names
@@ -99,18 +101,27 @@ class LayerSelection(nn.Module):
         self.widths = tuple(widths)
         policy.bind(self.iterated, widths)
         self.policy = policy.to(example.device)
-        self.open_head = copy.deepcopy(head) if open_head else None
+        self.open_head = _separate(head).train(self.training) if open_head else None
         self.last: SelectionRecord | None = None
-        self._costs: dict[torch.Size, Costs] = {}
+        self._costs: dict[tuple[torch.Size, int], Costs] = {}
 
     @property
     def feedbacks(self) -> list[Feedback]:
         """The connections, one for each layer that can be iterated."""
         return [c for c in self.connections if isinstance(c, Feedback)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) inputs of the first layer to (B, K, ...) logits; ``last`` tells what was done."""
-        work = Sweeps(self, x)
+    def forward(self, x: Tensor, before: int = 0) -> Tensor:
+        """Through the layers and the head; ``last`` tells what was done.
+
+        Args:
+            x: (B, ...) inputs of the first layer.
+            before: multiply-adds that a sample took before them, such as those of a stem: they belong to the
+                network's cost.
+
+        Returns:
+            (B, K, ...) logits.
+        """
+        work = Sweeps(self, x, before)
         logits = work.run()
         self.last = work.record()
         if self.training and torch.is_grad_enabled():
@@ -119,11 +130,11 @@ class LayerSelection(nn.Module):
             logits = anchored(logits, dict.fromkeys([*self.parameters(), *others]))
         return logits
 
-    def costs(self, x: Tensor) -> Costs:
-        """Multiply-adds of each part for one sample of this shape."""
-        key = x.shape[1:]
+    def costs(self, x: Tensor, before: int = 0) -> Costs:
+        """Multiply-adds of each part for one sample of this shape, and of what went before."""
+        key = (x.shape[1:], before)
         if key not in self._costs:
-            self._costs[key] = count(self.modules_in_order, self.feedbacks, self.places, x)
+            self._costs[key] = count(self.modules_in_order, self.feedbacks, self.places, x, before)
         return self._costs[key]
 
     def configure(
@@ -137,11 +148,13 @@ class LayerSelection(nn.Module):
             **settings: those of :class:`~twnn_plugin.blocks.SolveSettings`.
 
         Raises:
-            OptionError: an impossible value, or a policy made for another network; nothing has changed.
+            OptionError: an impossible value, or a policy made for another network or for single spans.
+                Nothing has changed then.
         """
         changed = [feedback.settings.changed(**settings) for feedback in self.feedbacks]
         choices = self.max_choices if max_choices is None else _checked(max_choices)
         if policy is not None:
+            _check_selects(policy)
             policy.bind(self.iterated, self.widths)
             self.policy = policy.to(next(self.parameters()).device)
             policy.train(self.training)
@@ -154,7 +167,7 @@ class LayerSelection(nn.Module):
         self.modules_in_order = (*self.modules_in_order[:-1], head)
         self.one_maps = (*self.one_maps[:-1], OneMap([head]))
         if self.open_head is not None:
-            self.open_head = copy.deepcopy(head)
+            self.open_head = _separate(head).train(self.training)
         self.last = None
         self._costs.clear()
 
@@ -178,6 +191,19 @@ def _checked(choices: Any) -> int:
     return choices
 
 
+def _check_selects(policy: Policy) -> None:
+    """Refuse a policy that has no answer to which layer to iterate."""
+    if type(policy).select is Policy.select:
+        raise OptionError(
+            f"Policy {type(policy).__name__} decides about single spans, and cannot pick among layers. Use "
+            "one that does, such as 'dynalay', 'entropy', 'always', 'never' or 'random'."
+        )
+
+
+def _separate(head: nn.Module) -> nn.Module:
+    return head.separate() if isinstance(head, Separable) else copy.deepcopy(head)
+
+
 def _built(
     build: Callable[..., Feedback],
     name: str,
@@ -185,6 +211,11 @@ def _built(
     settings: SolveSettings,
     channels_last: bool,
 ) -> Feedback:
+    if not ends[0].is_floating_point():
+        raise MapError(
+            f"Layer {name!r} cannot be iterated: what comes back is added to its input, and that is "
+            f"{ends[0].dtype}. Name the layers that can be, without this one, in iterated."
+        )
     try:
         return build(name, *ends, settings, channels_last)
     except (OptionError, UnknownNameError):

@@ -32,7 +32,20 @@ class Outcomes:
     cost: Tensor
 
     def right(self, targets: Tensor) -> Tensor:
-        """(B, N + 1) bool: the prediction is right, at every position where there are some."""
+        """(B, N + 1) bool: the prediction is right, at every position where there are some.
+
+        Args:
+            targets: (B, ...) integers, one for each prediction.
+
+        Raises:
+            OptionError: they are not one for each prediction.
+        """
+        wanted = (self.logits.shape[0], *self.logits.shape[3:])
+        if tuple(targets.shape) != wanted:
+            raise OptionError(
+                f"There must be one label for each prediction, of shape {wanted}; got "
+                f"{tuple(targets.shape)}. Give the labels of the very samples that the model was given."
+            )
         found = self.logits.argmax(dim=2) == targets.unsqueeze(1)
         return found if found.dim() == 2 else found.flatten(2).all(dim=2)
 
@@ -89,7 +102,7 @@ def foreseen(model: nn.Module, x: Tensor, targets: Tensor) -> Iterator[Outcomes]
         targets: (B, ...) integers.
 
     Raises:
-        OptionError: its policy is another one.
+        OptionError: its policy is another one, or there is not one label for each sample.
     """
     selection = selection_of(model)
     if selection is None or not isinstance(selection.policy, OraclePolicy):
@@ -97,6 +110,11 @@ def foreseen(model: nn.Module, x: Tensor, targets: Tensor) -> Iterator[Outcomes]
         raise OptionError(
             f"Only an oracle foresees; the policy of this model is {name}. tw.configure(model, "
             f"policy='oracle')."
+        )
+    if targets.dim() == 0 or targets.shape[0] != x.shape[0]:  # before the passes are paid for
+        raise OptionError(
+            f"There must be one label for each of the {x.shape[0]} samples; got labels of shape "
+            f"{tuple(targets.shape)}."
         )
     tried = outcomes(model, x)
     with selection.policy.told(tried.right(targets), tried.cost):

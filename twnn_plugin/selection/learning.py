@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import OptionError
+from ..policies.numbers import is_number
 from .record import SelectionRecord
 
 __all__ = ["MEASURES", "Reward", "closed_loss", "policy_loss", "reward"]
@@ -36,6 +37,9 @@ class Reward:
         entropy: weight of the entropy bonus, >= 0.
         relative: count the quality against that of the open-loop prediction, which NOP would have given. The
             best choices are the same, and the variance of the estimate falls several times.
+
+    Raises:
+        OptionError: an impossible value.
     """
 
     alpha: float = 0.5
@@ -51,16 +55,20 @@ class Reward:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "repeat", "critic", "entropy"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise OptionError(f"Option {name} of the reward must be a number >= 0; got {value!r}.")
+            if not is_number(value) or value < 0:
+                raise OptionError(f"Option {name} of the reward must be a finite number >= 0; got {value!r}.")
         if self.alpha + self.beta <= 0:
             raise OptionError("The reward's alpha and beta are both 0: it says nothing. Set one of them.")
-        if not self.weight > 0:
-            raise OptionError(f"Option weight of the reward must be positive; got {self.weight!r}.")
+        if not is_number(self.weight) or self.weight <= 0:
+            raise OptionError(
+                f"Option weight of the reward must be a positive, finite number; got {self.weight!r}."
+            )
         if self.measure not in MEASURES:
             raise OptionError(f"Option measure of the reward is one of {MEASURES}; got {self.measure!r}.")
-        if not self.floor < 0:
-            raise OptionError(f"Option floor of the reward must be negative; got {self.floor!r}.")
+        if not is_number(self.floor) or self.floor >= 0:
+            raise OptionError(
+                f"Option floor of the reward must be a negative, finite number; got {self.floor!r}."
+            )
 
     def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B,) of logits (B, K, ...) and targets (B, ...): the mean over positions where there are some."""
@@ -141,7 +149,10 @@ def closed_loss(record: SelectionRecord, targets: Tensor, weight: float = 0.5) -
         record: of a pass in training.
         targets: (B, ...) integers.
         weight: >= 0.
+
+    Raises:
+        OptionError: an impossible weight.
     """
-    if not weight >= 0:
-        raise OptionError(f"The closed loss needs a weight >= 0; got {weight!r}.")
+    if not is_number(weight) or weight < 0:
+        raise OptionError(f"The closed loss needs a finite weight >= 0; got {weight!r}.")
     return weight * F.cross_entropy(record.closed.float(), targets)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..policies import Policy
 
-__all__ = ["CostWeighted", "Counted", "Follower", "Learner"]
+__all__ = ["CostWeighted", "Counted", "Follower", "Learner", "Separable"]
 
 
 @runtime_checkable
@@ -20,6 +20,15 @@ class Counted(Protocol):
 
     def multiply_adds_of(self, example: Tensor) -> int:
         """Multiply-adds of a call with ``example`` (B, ...), all rows together."""
+        ...
+
+
+@runtime_checkable
+class Separable(Protocol):
+    """A head that answers by a model which it is a part of, and so cannot be copied without it."""
+
+    def separate(self) -> nn.Module:
+        """The same head with weights of its own, without a second copy of the model's other weights."""
         ...
 
 

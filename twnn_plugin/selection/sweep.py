@@ -36,7 +36,7 @@ class Network(Protocol):
     @property
     def feedbacks(self) -> list[Feedback]: ...
 
-    def costs(self, x: Tensor) -> Costs: ...
+    def costs(self, x: Tensor, before: int = 0) -> Costs: ...
 
 
 class Sweeps:
@@ -45,11 +45,12 @@ class Sweeps:
     Args:
         owner: whose pass.
         x: (B, ...) its input.
+        before: multiply-adds that a sample took before it.
     """
 
-    def __init__(self, owner: Network, x: Tensor):
+    def __init__(self, owner: Network, x: Tensor, before: int = 0):
         self.owner, self.x = owner, x
-        self.costs = owner.costs(x)
+        self.costs = owner.costs(x, before)
         batch, count = x.shape[0], len(owner.iterated)
         self.counts = torch.zeros(batch, count, dtype=torch.long, device=x.device)
         self.steps, self.status = torch.zeros_like(self.counts), torch.zeros_like(self.counts)

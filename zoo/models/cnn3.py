@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .staged import StagedNet, cifar_cfg
 
 __all__ = ["ConvNet3", "ConvNormAct", "cnn3"]
@@ -44,6 +46,9 @@ class ConvNet3(StagedNet):
         widths: channels of the three layers.
         drop_rate: dropout before the classifier.
         global_pool: timm's pooling type.
+
+    Raises:
+        ConfigError: ``widths`` are not three whole numbers, each at least 1.
     """
 
     def __init__(
@@ -55,12 +60,22 @@ class ConvNet3(StagedNet):
         global_pool: str = "avg",
     ):
         super().__init__(("layer1", "layer2", "layer3"), num_classes, in_chans, drop_rate)
-        before = in_chans
-        for index, (name, width) in enumerate(zip(self.stages, widths, strict=True), start=1):
+        before, channels = in_chans, _checked(widths, len(self.stages))
+        for index, (name, width) in enumerate(zip(self.stages, channels, strict=True), start=1):
             self.add_module(name, ConvNormAct(before, width))
             self.feature_info.append({"num_chs": width, "reduction": 2**index, "module": name})
             before = width
         self._add_head(before, global_pool)
+
+
+def _checked(widths: Any, count: int) -> tuple[int, ...]:
+    listed = isinstance(widths, Sequence) and len(widths) == count
+    if not listed or not all(type(width) is int and width >= 1 for width in widths):
+        raise ConfigError(
+            f"widths are the channels of the {count} layers, whole numbers of at least 1 such as "
+            f"(32, 64, 128); got {widths!r}."
+        )
+    return tuple(widths)
 
 
 default_cfgs = generate_default_cfgs(

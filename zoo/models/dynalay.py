@@ -48,6 +48,7 @@ class DynaLayCNN3(ConvNet3):
     Raises:
         UnknownNameError: a layer, policy, solver or adjoint that there is not, with the nearest name.
         OptionError: an option that there is not, or an impossible value.
+        ConfigError: ``widths`` are not three whole numbers, each at least 1.
     """
 
     def __init__(
@@ -65,6 +66,9 @@ class DynaLayCNN3(ConvNet3):
         **options: Any,
     ):
         super().__init__(num_classes, in_chans, widths, drop_rate, global_pool)
+        # A child of the model, as all parts of the head are: the head itself is none, so that nothing tells
+        # it whether the model trains.
+        self.head_drop = nn.Dropout(drop_rate)
         for index, name in enumerate(self.stages, start=1):
             layer: Any = self.get_submodule(name)
             self.add_module(f"pool{index}", layer.pool if last_pool or index < 3 else nn.Identity())
@@ -93,11 +97,11 @@ class DynaLayCNN3(ConvNet3):
 
 
 class _Head(nn.Module):
-    """The classifier of a staged network, as one module that shares its weights."""
+    """The classifier of a staged network, as one module that shares its weights and its mode."""
 
-    def __init__(self, net: ConvNet3):
+    def __init__(self, net: DynaLayCNN3):
         super().__init__()
-        self.global_pool, self.drop, self.fc = net.global_pool, nn.Dropout(net.drop_rate), net.fc
+        self.global_pool, self.drop, self.fc = net.global_pool, net.head_drop, net.fc
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.drop(self.global_pool(x)))
@@ -199,6 +203,6 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def dynalay_cnn3(pretrained: bool = False, **kwargs: Any) -> DynaLayCNN3:
     """Three convolutional layers, and an agent that picks which to iterate (DynaLay's network)."""
-    return build_model_with_cfg(
-        DynaLayCNN3, "dynalay_cnn3", pretrained, feature_cfg={"out_indices": (0, 1, 2)}, **kwargs
-    )
+    # By forward_intermediates: the layers are not called in the order in which they are registered.
+    features = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
+    return build_model_with_cfg(DynaLayCNN3, "dynalay_cnn3", pretrained, feature_cfg=features, **kwargs)

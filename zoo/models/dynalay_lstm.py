@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .dynalay import fill_missing
+from .staged import without_features
 
 if TYPE_CHECKING:
     from twnn_plugin.policies import Policy
@@ -274,7 +275,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> DynaLayRNN:
     options: dict[str, Any] = {"cell": variant.removeprefix("dynalay_").removesuffix("3"), **kwargs}
     if not variant.startswith("dynalay_"):
         options = {"fpi_layers": (), **options}
-    return build_model_with_cfg(DynaLayRNN, variant, pretrained, **options)
+    return without_features(DynaLayRNN, variant, pretrained, **options)
 
 
 @register_model

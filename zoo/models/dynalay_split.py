@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Split", "split", "stem"]
+__all__ = ["Split", "split", "stem", "stem_multiply_adds"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,35 @@ class _Tail(nn.Module):
         super().__init__()
         self.chain, self.used = nn.ModuleList(modules), nn.ModuleList(used)
         self.owner = (model,)  # in a tuple: the model is no part of its own head
+        self.apart = False
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self.chain:
             x = module(x)
         owner: Any = self.owner[0]
+        if self.apart and owner.training != self.training:
+            owner.training = self.training  # nothing else tells a copy of the model, which is nobody's child
         return owner.forward_head(x)
+
+    def separate(self) -> nn.Module:
+        """The same head with weights of its own.
+
+        It answers by a copy of the model of which only the head's modules are new: all others, and the
+        weights that the model itself holds, are the model's own.
+        """
+        model = self.owner[0]
+        own = list(self.modules())
+        mine = {id(part) for part in (*own, *self.parameters(), *self.buffers())}
+        kept: dict[int, Any] = {}  # what deepcopy takes for copied already
+        for module in model.modules():
+            if not any(id(part) in mine for part in module.modules()):
+                kept[id(module)] = module
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if id(tensor) not in mine:
+                    kept[id(tensor)] = tensor
+        made = copy.deepcopy(self, kept)
+        made.apart = made.owner[0] is not model
+        return made
 
 
 @dataclass
@@ -87,6 +112,16 @@ def stem(model: nn.Module, first: nn.Module, images: Tensor) -> Tensor:
     finally:
         handle.remove()
     raise AssertionError("a traced model has passed its first stage by")
+
+
+def stem_multiply_adds(model: nn.Module, first: nn.Module, images: Tensor) -> int:
+    """Multiply-adds of :func:`stem` for one image of the shape of those in ``images`` (B, C, H, W)."""
+    from twnn_plugin.modes import evaluating  # importing twnn_plugin imports this module
+
+    one = images.detach().new_zeros(1, *images.shape[1:])
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        stem(model, first, one)
+    return counter.get_total_flops() // 2
 
 
 def split(model: nn.Module) -> Split:

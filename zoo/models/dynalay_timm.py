@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .dynalay import CONNECTION_OPTIONS, selected
-from .dynalay_split import Split, split, stem
+from .dynalay_split import Split, split, stem, stem_multiply_adds
 
 if TYPE_CHECKING:
     from twnn_plugin.policies import Policy
@@ -63,6 +64,7 @@ class DynaLayNet(nn.Module):
         self.stages, self._first = parts.stages, (parts.layers[parts.stages[0]],)
         self.selection = self._select(parts, fpi_layers, policy, max_choices, open_head, options)
         self._whole: Any = (backbone,)
+        self._stem_costs: dict[torch.Size, int] = {}
         self.register_load_state_dict_pre_hook(_adopt_plain)
 
     def _select(
@@ -115,7 +117,14 @@ class DynaLayNet(nn.Module):
         """Images (B, C, H, W) to logits (B, num_classes)."""
         if self.selection is None:
             return self._model(x)
-        return self.selection(stem(self.backbone, self._first[0], x))
+        return self.selection(stem(self.backbone, self._first[0], x), self._stem_cost(x))
+
+    def _stem_cost(self, x: Tensor) -> int:
+        """Multiply-adds of what comes before the stages, for one image of this shape."""
+        shape = x.shape[1:]
+        if shape not in self._stem_costs:
+            self._stem_costs[shape] = stem_multiply_adds(self.backbone, self._first[0], x)
+        return self._stem_costs[shape]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The backbone's features, with nothing iterated."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .reasoning_cells import Patches
 from .reasoning_loops import Loop, make_loop
-from .staged import StagedNet
+from .staged import StagedNet, without_features
 
 __all__ = [
     "WEIGHTS",
@@ -326,39 +326,39 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def twnn_prefix(pretrained: bool = False, **kwargs: Any) -> PrefixNet:
     """17 thousand parameters; float bits (B, 1, n) to logits (B, 2, n). Trained on 32 bits."""
-    return build_model_with_cfg(PrefixNet, "twnn_prefix", pretrained, **kwargs)
+    return without_features(PrefixNet, "twnn_prefix", pretrained, **kwargs)
 
 
 @register_model
 def rnn_prefix(pretrained: bool = False, **kwargs: Any) -> PrefixNet:
     """``twnn_prefix`` without recall: the bits are seen once, as the first state."""
-    return build_model_with_cfg(PrefixNet, "rnn_prefix", pretrained, **{"loop": "no_recall", **kwargs})
+    return without_features(PrefixNet, "rnn_prefix", pretrained, **{"loop": "no_recall", **kwargs})
 
 
 @register_model
 def deq_prefix(pretrained: bool = False, **kwargs: Any) -> PrefixNet:
     """``twnn_prefix`` as a torchdeq equilibrium."""
-    return build_model_with_cfg(PrefixNet, "deq_prefix", pretrained, **{"loop": "torchdeq", **kwargs})
+    return without_features(PrefixNet, "deq_prefix", pretrained, **{"loop": "torchdeq", **kwargs})
 
 
 @register_model
 def twnn_maze(pretrained: bool = False, **kwargs: Any) -> MazeNet:
     """21 thousand parameters; images (B, 3, H, W) to logits (B, 2, H, W). Trained on mazes of size 9."""
-    return build_model_with_cfg(MazeNet, "twnn_maze", pretrained, **kwargs)
+    return without_features(MazeNet, "twnn_maze", pretrained, **kwargs)
 
 
 @register_model
 def rnn_maze(pretrained: bool = False, **kwargs: Any) -> MazeNet:
     """``twnn_maze`` without recall and without latches."""
     options = {"loop": "no_recall", "latching": False, **kwargs}
-    return build_model_with_cfg(MazeNet, "rnn_maze", pretrained, **options)
+    return without_features(MazeNet, "rnn_maze", pretrained, **options)
 
 
 @register_model
 def deq_maze(pretrained: bool = False, **kwargs: Any) -> MazeNet:
     """``twnn_maze`` as a torchdeq equilibrium, its cell without latches."""
     options = {"loop": "torchdeq", "latching": False, **kwargs}
-    return build_model_with_cfg(MazeNet, "deq_maze", pretrained, **options)
+    return without_features(MazeNet, "deq_maze", pretrained, **options)
 
 
 @register_model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .reasoning import Stem, check_input, task_cfg
 from .reasoning_cells import Patches
-from .staged import StagedNet
+from .staged import StagedNet, without_features
 
 __all__ = ["FeedForwardMaze", "FeedForwardPathfinder", "FeedForwardPrefix", "Residual"]
 
@@ -137,13 +137,13 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def ff_prefix(pretrained: bool = False, **kwargs: Any) -> FeedForwardPrefix:
     """As many parameters as ``twnn_prefix``, in 18 residual blocks."""
-    return build_model_with_cfg(FeedForwardPrefix, "ff_prefix", pretrained, **kwargs)
+    return without_features(FeedForwardPrefix, "ff_prefix", pretrained, **kwargs)
 
 
 @register_model
 def ff_maze(pretrained: bool = False, **kwargs: Any) -> FeedForwardMaze:
     """As many parameters as ``twnn_maze``, in 5 residual blocks."""
-    return build_model_with_cfg(FeedForwardMaze, "ff_maze", pretrained, **kwargs)
+    return without_features(FeedForwardMaze, "ff_maze", pretrained, **kwargs)
 
 
 @register_model

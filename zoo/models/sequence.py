@@ -30,14 +30,16 @@ class SequenceModel(nn.Module):
         layers: how many.
         cell: ``"gru"`` or ``"lstm"``.
         readout: ``"last"``: answer from the last valid step; ``"mean"``: from the mean over valid steps;
-            ``"all"``: one answer a step.
+            ``"all"``: one answer a step. The first two answer for the whole sequence, with ``causal``, too,
+            which speaks of the stack's outputs: none of them depends on a later input.
         tokens: whether steps are token numbers.
         dropout: between layers.
         **stack: further options of :class:`twnn_plugin.sequence.RecurrentStack`: ``wormholes``, ``gate``,
             ``causal``, ``solver``, ``tol`` and the like.
 
     Raises:
-        ConfigError: an unknown readout, or one that needs the future together with ``causal``.
+        ConfigError: an unknown readout.
+        AttachError: wormholes that cannot be, or that ``causal`` forbids.
     """
 
     def __init__(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+from .staged import without_features
 
 __all__ = [
     "ImageSequenceNet",
@@ -128,7 +130,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> ImageSequenceNet:
     options = {"cell": cell, "by": by, **kwargs}
     if variant.startswith("twnn_"):
         options = {"wormholes": "auto", **options}
-    return build_model_with_cfg(ImageSequenceNet, variant, pretrained, **options)
+    return without_features(ImageSequenceNet, variant, pretrained, **options)
 
 
 @register_model

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import create_classifier
-from timm.models import checkpoint
+from timm.models import build_model_with_cfg, checkpoint
 from torch import Tensor, nn
 
-__all__ = ["StagedNet", "cifar_cfg"]
+__all__ = ["StagedNet", "cifar_cfg", "without_features"]
 
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 _CIFAR_STD = (0.2470, 0.2435, 0.2616)
@@ -30,6 +31,28 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
         "license": "apache-2.0",
         **kwargs,
     }
+
+
+def without_features(kind: Callable[..., Any], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's ``build_model_with_cfg`` for a model that has no feature maps to give.
+
+    Args:
+        kind: class of the model.
+        variant: its registered name.
+        pretrained: load published weights.
+        **kwargs: options of the model, and what timm understands besides.
+
+    Raises:
+        OptionError: ``features_only=True``.
+    """
+    from twnn_plugin.errors import OptionError  # importing twnn_plugin imports this module
+
+    if kwargs.get("features_only"):
+        raise OptionError(
+            f"{variant} has no feature maps of several scales, so that features_only=True gives nothing. "
+            "Leave it out and call the model itself."
+        )
+    return build_model_with_cfg(kind, variant, pretrained, **kwargs)
 
 
 class StagedNet(nn.Module):

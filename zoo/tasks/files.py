@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ _TRAINED_ON = 0.8  # the benchmark's share of training data; the rest is its val
 def read_examples(task: str, data_dir: str | Path, size: int, split: str) -> Examples:
     """Examples from the benchmark's files.
 
-    Prefix sums: ``prefix_sums_data/len_N/N_data.pth`` and ``N_targets.pth``, (M, N) of 0 and 1. Mazes:
-    ``maze_data_train_S`` or ``maze_data_test_S`` with ``inputs.npy`` (M, 3, P, P) and ``solutions.npy``
-    (M, P, P). Training data are the first 80 % of a set, validation data the rest; for prefix sums, of
-    which there is one set a length, test data are the whole set.
+    Prefix sums: ``prefix_sums_data/N_data.pth`` and ``N_targets.pth``, (M, N) of 0 and 1; in an older layout
+    they lie in ``prefix_sums_data/len_N``. Mazes: ``maze_data_train_S`` or ``maze_data_test_S`` with
+    ``inputs.npy`` (M, 3, P, P) and ``solutions.npy`` (M, P, P). Training data are the first 80 % of a set,
+    validation data the rest; for prefix sums, of which there is one set a length, test data are the whole
+    set.
 
     Args:
         task: ``"prefix_sums"`` or ``"mazes"``.
@@ -55,7 +57,8 @@ def _part(examples: Examples, split: str) -> Examples:
 
 
 def _prefix_sums(root: Path, bits: int) -> Examples:
-    folder = _find(root, Path("prefix_sums_data") / f"len_{bits}", f"{bits}_data.pth")
+    base, length = Path("prefix_sums_data"), f"len_{bits}"
+    folder = _find(root, (base, base / length, Path(length)), f"{bits}_data.pth")
     data = _load_torch(folder / f"{bits}_data.pth")
     targets = _load_torch(folder / f"{bits}_targets.pth")
     if data.dim() != 2 or data.shape[1] != bits or targets.shape != data.shape:
@@ -67,7 +70,7 @@ def _prefix_sums(root: Path, bits: int) -> Examples:
 
 
 def _mazes(root: Path, size: int, part: str) -> Examples:
-    folder = _find(root, Path(f"maze_data_{part}_{size}"), "inputs.npy")
+    folder = _find(root, (Path(f"maze_data_{part}_{size}"),), "inputs.npy")
     inputs, targets = _load_numpy(folder / "inputs.npy"), _load_numpy(folder / "solutions.npy")
     pixels = pixels_of(size)
     if inputs.shape[1:] != (3, pixels, pixels) or targets.shape != (len(inputs), pixels, pixels):
@@ -81,11 +84,13 @@ def _mazes(root: Path, size: int, part: str) -> Examples:
     return Examples(torch.from_numpy(inputs).float(), labels, {"path": length.float()})
 
 
-def _find(root: Path, below: Path, file: str) -> Path:
-    for folder in (root / below, root / below.name, root):
+def _find(root: Path, places: Sequence[Path], file: str) -> Path:
+    """The folder that holds ``file``: one of ``places`` in ``root``, or ``root`` itself."""
+    for folder in (*(root / place for place in places), root):
         if (folder / file).is_file():
             return folder
-    raise DataError(f"There is no {below / file} in {root}; give the folder that holds {below.parts[0]}.")
+    looked = " or ".join(str(place / file) for place in places)
+    raise DataError(f"There is no {looked} in {root}; give the folder that holds {places[0]}.")
 
 
 def _load_torch(path: Path) -> Tensor:

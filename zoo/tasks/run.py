@@ -12,12 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 import twnn_plugin as tw
 
+from ..build import create, fill_in
 from ..checkpoint import LAST, load_checkpoint, read_weights, save_checkpoint
 from ..data import DataSplits
 from ..distributed import pick_device
@@ -230,21 +230,28 @@ def load_model(
     """A reasoning model with weights, in eval mode, and where these are from.
 
     Raises:
-        ConfigError: there are no weights.
-        CheckpointError: the file is unreadable or of another model.
+        ConfigError: there are no weights, or the model cannot be built with these options.
+        CheckpointError: the weights are unreadable, or of another model or one with other options.
     """
-    from ..build import fill_in
-
     options = dict(model_kwargs or {})
-    if checkpoint is not None:
-        model = timm.create_model(name, **options)
-        weights, _ = read_weights(Path(checkpoint))
-        kept = {key: value for key, value in model.state_dict().items() if ".feedback." in key}
-        fill_in(model, {**kept, **weights}, checkpoint)
-        return model.eval(), str(checkpoint)
-    if not (WEIGHTS / f"{name.split('.')[0]}.safetensors").is_file():
+    shipped = WEIGHTS / f"{name.split('.')[0]}.safetensors"
+    if checkpoint is None and not shipped.is_file():
         raise ConfigError(f"No weights of {name} ship with the package: train it, then give --checkpoint.")
-    return timm.create_model(name, pretrained=True, **options).eval(), "shipped weights"
+    model = create(name, options=options)
+    path = shipped if checkpoint is None else Path(checkpoint)
+    weights, _ = read_weights(path)
+    kept = {key: value for key, value in model.state_dict().items() if ".feedback." in key}
+    try:
+        fill_in(model, {**kept, **weights}, path)
+    except CheckpointError:
+        if checkpoint is not None:
+            raise
+        raise CheckpointError(
+            f"The weights of {name} that ship with the package do not fit a model with other options; got "
+            f"{options}. Leave --model-kwargs out, or train a model with them (twnn train --model {name}) "
+            "and give its --checkpoint."
+        ) from None
+    return model.eval(), "shipped weights" if checkpoint is None else str(checkpoint)
 
 
 def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str, dict[str, Any]]:

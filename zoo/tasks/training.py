@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
+from ..build import create
 from ..checkpoint import restore_rng, rng_state
 from ..errors import ConfigError, TrainingError
 from ..interrupt import Interruption
@@ -75,7 +75,7 @@ def train_task(
         device: where it is trained; examples are drawn on the CPU.
 
     Raises:
-        ConfigError: the method does not suit the model.
+        ConfigError: the method does not suit the model, or this cannot be built with its options.
         TrainingError: the loss is not finite any more.
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
@@ -105,7 +105,7 @@ class _Training:
         torch.manual_seed(recipe.seed)
         self.recipe, self.done, self.seconds, self.device = recipe, 0, 0.0, device
         task = recipe.find_task()
-        self.model = timm.create_model(recipe.model, **recipe.model_kwargs).to(device).train()
+        self.model = create(recipe.model, options=recipe.model_kwargs).to(device).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.lr, betas=_BETAS, weight_decay=0.0
