@@ -79,6 +79,16 @@ def test_the_same_step_in_less_memory(key, adjoint):
     assert_same(step(model, x), step(saving, x), 0.9 if key == "resnet" else 0.6)
 
 
+@pytest.mark.parametrize("policy", ["always", "never"])
+def test_weights_that_are_standardised_by_a_batch_norm_without_a_layer(policy):
+    model = timm.create_model("twnn_test_nfnet", num_classes=5, policy=policy, adjoint="unrolled", max_iter=3)
+    model = model.double().train()
+    saving = copy.deepcopy(model)
+    saving.set_grad_checkpointing(True)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    assert_same(step(model, x), step(saving, x), 1.0)
+
+
 @pytest.mark.parametrize("key", ["resnet", "vit"])
 @pytest.mark.parametrize("policy", ["gate", tw.policy("random", p=0.5)], ids=["closed", "some"])
 def test_rows_that_are_closed_or_leave(key, policy):

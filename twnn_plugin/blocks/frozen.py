@@ -47,12 +47,16 @@ PRESENT = _Present()
 
 
 class Place(NamedTuple):
-    """How far a replay has come: draws and functional normalisations met, uses of each layer; its rows."""
+    """How far a replay has come: draws and functional normalisations met, uses of each layer; its rows.
+
+    ``recorded``: it is no replay but the recorded pass itself, whose moments are worked out.
+    """
 
     cursor: int
     met: int
     used: dict[int, int]
     rows: Tensor | None
+    recorded: bool = False
 
 
 class Frozen(TorchFunctionMode):
@@ -91,14 +95,14 @@ class Frozen(TorchFunctionMode):
         self._go_to(Place(0, 0, {}, None))
 
     def _go_to(self, place: Place) -> None:
-        self.cursor, self.met, self.used, self.rows = place
+        self.cursor, self.met, self.used, self.rows, self.recorded = place
         self.current = None
 
     def place(self) -> Place:
         """Where the present replay is."""
         if self.recording:
-            return Place(len(self.draws), len(self.functional), dict(self.used), None)
-        return Place(self.cursor, self.met, dict(self.used), self.rows)
+            return Place(len(self.draws), len(self.functional), dict(self.used), None, recorded=True)
+        return Place(self.cursor, self.met, dict(self.used), self.rows, self.recorded)
 
     def enter_layer(self, norm: nn.Module) -> None:
         """A normalisation is about to run."""
@@ -276,11 +280,13 @@ class Frozen(TorchFunctionMode):
             return calls[min(count, len(calls) - 1)]
         if not training:
             return None
-        if self.recording:
+        if self.recording or self.recorded:  # or made again by gradient checkpointing, which compares the two
             wide = input.to(torch.promote_types(input.dtype, torch.float32))
             axes = [0, *range(2, input.dim())]
-            self.functional.append(torch.var_mean(wide, dim=axes, correction=0))
-            return self.functional[-1]
+            moments = torch.var_mean(wide, dim=axes, correction=0)
+            if self.recording:
+                self.functional.append(moments)
+            return moments
         if self.met >= len(self.functional):
             raise AttachError("A replay of this span normalises batches that the recorded pass did not.")
         self.met += 1
