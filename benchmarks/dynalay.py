@@ -91,13 +91,25 @@ class DynaLay(Benchmark):
         }
 
     def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
-        return report.tables(cells)
+        made = report.tables(cells)
+        missed = [claim for claim in claims(cells) if claim.met in ("no", "in part")]
+        return [*made, _missed(missed)] if missed else made
 
     def plots(self, cells: list[dict[str, Any]], folder: Path) -> list[Path]:
         return pictures.plots(cells, folder)
 
     def claims(self, cells: list[dict[str, Any]]) -> list[Claim]:
         return claims(cells)
+
+
+def _missed(found: list[Claim]) -> Table:
+    """Figures that were to be reached or that the paper has, and were not found."""
+    return Table(
+        "What was not reached, and by how much",
+        ("claim", "to reach", "measured", "against", "ours", "met?"),
+        [(c.claim, c.target, c.ratio, c.peer, c.ours, c.met) for c in found],
+        ("What was tried for them, and what it brought, is told in docs/dynalay.md.",),
+    )
 
 
 def _present(tasks: dict[str, Task]) -> dict[str, Task]:
