@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,16 +45,16 @@ class Pass:
 
 
 def run_over(model: nn.Module, part: Part) -> Pass:
-    """The model as it is configured, on all images of a part."""
+    """The model as it is configured, on all images of a part; what it says, on the CPU."""
     model.eval()
     logits, records = [], []
     with torch.no_grad():
-        for images in part.images.split(_BATCH):
-            logits.append(model(images))
+        for images in _batches(model, part):
+            logits.append(model(images).cpu())
             records += tw.report(model)
 
     def rows(name: str) -> Tensor:
-        return torch.cat([getattr(record, name) for record in records])
+        return torch.cat([getattr(record, name) for record in records]).cpu()
 
     return Pass(
         torch.cat(logits),
@@ -63,6 +64,12 @@ def run_over(model: nn.Module, part: Part) -> Pass:
         rows("probability"),
         sum(record.multiply_adds for record in records) / len(part.labels),
     )
+
+
+def _batches(model: nn.Module, part: Part) -> Iterator[Tensor]:
+    """The images of a part, batch by batch, where the model is."""
+    device = next(model.parameters()).device
+    return (images.to(device) for images in part.images.split(_BATCH))
 
 
 def correct(logits: Tensor, part: Part) -> Tensor:
@@ -81,7 +88,7 @@ def judge_plain(model: nn.Module, parts: dict[str, Part]) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         for name in ("val", "test"):
-            logits = torch.cat([model(images) for images in parts[name].images.split(_BATCH)])
+            logits = torch.cat([model(images).cpu() for images in _batches(model, parts[name])])
             found[name] = {"accuracy": percent(correct(logits, parts[name]))}
     return found
 
@@ -249,7 +256,7 @@ def run_gated(
         tw.configure(model, policy=unsure)
     else:
         tw.configure(model, policy="gate")
-        tw.calibrate(model, list(split[0].images.split(_BATCH)), budget=opening.share)
+        tw.calibrate(model, list(_batches(model, split[0])), budget=opening.share)
     seen = run_over(model, split[1])
     return {
         "wanted": opening.share,
