@@ -4,8 +4,9 @@ Inside :func:`pretended_cuda` whatever is made on or moved to ``"cuda"`` is a :c
 arithmetic is the CPU's. As on a GPU it must not meet tensors of the CPU, and what would make the host wait
 for the device is noted. Kernels, streams, graphs, memory and the precision of a GPU are not imitated.
 
-Three operations of torch make tensors where C++ believes their arguments to be, which is the CPU; they are
-told otherwise by name. Its recurrent layers change the strides of what they are given, and do not work.
+Where C++ believes these tensors to be is the CPU. Two operations of torch that make tensors there are put
+right by name; zeros of the CPU may be concatenated, since autograd makes them for missing gradients. torch's
+recurrent layers change the strides of what they are given, and do not work.
 """
 
 from __future__ import annotations
@@ -77,7 +78,6 @@ class Pretended(Tensor):
         # What an operation gives back that it was given, it gives back as it was given.
         given = {id(_inner(tensor)): tensor for tensor in tensors}
         out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
-
         return tree_map(lambda x: _wrapped(x, given), out)
 
     def untyped_storage(self) -> Any:

@@ -10,6 +10,7 @@ import timm.optim
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import flop_registry
 
 import twnn_plugin as tw
 
@@ -258,3 +259,30 @@ def test_a_model_that_runs_with_nothing_is_refused_in_one_sentence_with_advice()
 
     with pytest.raises(tw.AttachError, match=r"Not today\. Make the plain model and give attach an input"):
         tw.attach(Never(), "b->a", stages=["a", "b"])
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_model_that_runs_on_the_meta_device_alone_is_refused(fallback):
+    class Picky(Plain):
+        def forward(self, x):
+            if not x.is_meta:
+                raise IndexError("not these images")
+            return super().forward(x)
+
+    with pytest.raises(tw.AttachError, match=r"runs with no example input.*not these images"):
+        tw.attach(Picky(), "b->a", stages=["a", "b"], example=torch.randn(2, 3, 16, 16), fallback=fallback)
+
+
+def test_attention_is_counted_on_every_device():
+    ops = torch.ops.aten
+    query, key, value = (torch.randn(2, 3, rows, width) for rows, width in ((17, 8), (19, 8), (19, 4)))
+    forward = [ops._scaled_dot_product_flash_attention_for_cpu, ops._scaled_dot_product_flash_attention]
+    here, there = (flop_registry[op](query, key, value, out_val=query) for op in forward)
+    assert here == there == 2 * 2 * 3 * 17 * 19 * (8 + 4)
+    backward = [
+        ops._scaled_dot_product_flash_attention_for_cpu_backward,
+        ops._scaled_dot_product_flash_attention_backward,
+    ]
+    gradient = torch.randn(2, 3, 17, 4)
+    here, there = (flop_registry[op](gradient, query, key, value, out_val=query) for op in backward)
+    assert here == there > 0

@@ -187,4 +187,5 @@ def cells():
 
 @pytest.mark.parametrize(("benchmark_", "cell", "settings"), cells())
 def test_benchmarks_run(benchmark_, cell, settings):
+    benchmark_.check(settings)
     assert benchmark_.run_cell(cell, settings)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..trees import leaves, rebuild
 from .flow import leaf_at, with_leaf
 from .plan import Refusal
-from .survey import Survey, run
+from .survey import Survey, run, run_for_real
 from .wiring import Arguments, Wiring, snapshot
 
 __all__ = ["Perturbation", "check_reach", "check_rows", "check_wiring", "perturbed", "same"]
@@ -65,7 +65,7 @@ def check_wiring(model: nn.Module, seen: Survey, wiring: Wiring) -> None:
             wiring.nodes[-1].module[0].register_forward_hook(lambda m, args, out: outputs.append(_copy(out)))
         )
         stack.callback(end.remove)
-        result = run(model, seen.examples[0])
+        result = run_for_real(model, seen.examples[0])
         seen_here, out = given[: len(wiring.nodes)], outputs[0]
         changed = _changed(model, seen, wiring)
         shared, rows = wiring.template(seen_here), wiring.constants(seen_here)

@@ -21,7 +21,7 @@ from ..errors import AttachError
 from ..trees import leaves, rebuild
 from .flow import Place, leaf_at, rows_per_sample, with_leaf
 from .plan import Ends, Plan, Refusal, loose
-from .survey import Survey, run
+from .survey import Survey, run_for_real
 from .wiring import Arguments, Program, split
 
 __all__ = ["Own", "Recorded", "Rerun", "rerun"]
@@ -358,7 +358,7 @@ def _method(model: nn.Module, seen: Survey, found: Plan) -> str:
             stack.callback(module.register_forward_hook(probe.count).remove)
         stack.callback(lambda: delattr(model, "forward_features"))
         model.forward_features = probe  # pyright: ignore[reportArgumentType]
-        run(model, seen.examples[0])
+        run_for_real(model, seen.examples[0])
     inside = probe.range is not None and probe.range[0] == 0 and probe.range[1] > found.last
     return "forward_features" if inside else "forward"
 

@@ -13,11 +13,11 @@ from ..errors import AttachError
 from ..trees import leaves, rebuild
 from .base import Backbone, Stage
 from .flow import Flow, follow
-from .plan import Ends
+from .plan import Ends, Refusal
 from .shadow import shadow
 from .trace import candidates
 
-__all__ = ["Survey", "grouped", "run", "survey"]
+__all__ = ["Survey", "grouped", "run", "run_for_real", "survey"]
 
 BATCHES = (2, 3)
 """Samples in the two passes: two sizes tell what depends on the batch."""
@@ -58,6 +58,20 @@ def run(model: nn.Module, example: Any) -> Any:
     return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
+def run_for_real(model: nn.Module, example: Any) -> Any:
+    """:func:`run`, of a model of which a copy has run with an example's shapes.
+
+    Raises:
+        AttachError: the model itself does not run with it.
+    """
+    try:
+        return run(model, example)
+    except Refusal:  # of what watches the pass
+        raise
+    except Exception as error:
+        raise _runs_with_nothing(model, [_reason(error)]) from error
+
+
 def survey(model: nn.Module, backbone: Backbone, stages: Sequence[Stage], ends: Sequence[str]) -> Survey:
     """Look at two passes of a model, on the meta device if it runs there, else for real.
 
@@ -79,14 +93,22 @@ def survey(model: nn.Module, backbone: Backbone, stages: Sequence[Stage], ends: 
             try:
                 flows = [_follow(stand_in, nodes, value, device) for value in inputs]
             except Exception as error:  # whatever the model trips over: a size, a device
-                errors.append(str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__)
+                errors.append(_reason(error))
                 continue
             real = {path: model.get_submodule(path) for path in nodes}
             for call in (call for flow in flows for call in flow.calls):
                 call.module = real[call.path]
             return Survey(real, flows[0], flows[1], (inputs[0], inputs[1]))
+    raise _runs_with_nothing(model, errors)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _runs_with_nothing(model: nn.Module, errors: Sequence[str]) -> AttachError:
     reasons = "; ".join(dict.fromkeys(errors)) or "the backbone adapter has none"
-    raise AttachError(
+    return AttachError(
         f"This {type(model).__name__} runs with no example input, so that nothing is known of its stages: "
         f"{reasons}. Make the plain model and give attach an input that it runs with: "
         "tw.attach(model, example=x)."

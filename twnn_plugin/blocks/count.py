@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from .feedback import Feedback, Replay
 from .settle import GroupReplay
 
 __all__ = ["group_multiply_adds", "multiply_adds"]
+
+
+def _attention(*arguments: Any, **_: Any) -> int:
+    """Two operations for each multiply-add of ``softmax(query key^T) value``, from the three shapes."""
+    (batch, heads, queries, width), key, value = arguments[:3]
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+def _attention_backward(*arguments: Any, **_: Any) -> int:
+    """The scores again, and the gradients of scores, queries, keys and values; first comes the gradient."""
+    (batch, heads, queries, width), key, value = arguments[1:4]
+    return 2 * batch * heads * queries * key[2] * (3 * width + 2 * value[3])
+
+
+# torch 2.11 has no formula for attention on the CPU, which it would leave out.
+for _operation, _formula in (
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention),
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward),
+):
+    with suppress(RuntimeError):  # torch has one
+        register_flop_formula(_operation)(_formula)
 
 
 def multiply_adds(feedback: Feedback, replay: Replay, parts: Sequence[nn.Module]) -> int:
