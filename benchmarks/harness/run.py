@@ -12,6 +12,8 @@ import json
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,10 +76,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings.threads)
     origin = provenance(settings, command)  # now: the code that runs is the one that is there now
-    gc.collect()
-    gc.freeze()  # what the imports made need not be looked through before every round of timing
     journal = folder / "cells.jsonl"
-    with journal.open("w", encoding="utf-8") as lines:
+    with _frozen(), journal.open("w", encoding="utf-8") as lines:
         head = {"benchmark": benchmark.name, "settings": settings.as_json()}
         lines.write(json.dumps(head) + "\n")
         for record in done.values():
@@ -91,6 +91,17 @@ def run(
     _write(folder, benchmark, records, origin, console)
     journal.unlink()
     return folder
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """What the imports made is not looked through by the garbage collector before every round of timing."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # bindings complain at exit of what was never collected
 
 
 def _run_cells(
