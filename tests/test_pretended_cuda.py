@@ -17,7 +17,7 @@ from benchmarks.harness import Settings, find
 from tests import problems
 from tests.methods import NATIVE
 from tests.pretended import Pretended, pretended_cuda
-from tests.test_cuda import STEP_SOLVERS, agree, moved, solve
+from tests.test_cuda import STEP_SOLVERS, agree, moved, solve, with_a_broken_row
 from twnn_plugin.solvers import Control
 
 ADJOINTS = tw.adjoints.names()
@@ -25,6 +25,7 @@ ADJOINTS = tw.adjoints.names()
 
 @pytest.fixture(autouse=True)
 def waits():
+    torch.manual_seed(0)
     with pretended_cuda() as noted:
         yield noted
 
@@ -87,14 +88,9 @@ def test_the_host_waits_once_in_a_few_evaluations(solver, waits):
 
 @pytest.mark.parametrize("solver", STEP_SOLVERS)
 def test_broken_rows_are_those_of_the_cpu(solver):
-    outcomes = []
-    for device in ("cpu", "cuda"):
-        f, z0, (x, rate), _ = moved(problems.mixed(), device)
-        x = x.clone()
-        x[3] = math.nan
-        outcomes.append(solve(solver, f, z0, (x, rate), Control(1e-8, 400))[0])
-    agree(*outcomes)
-    assert outcomes[1].status[3] == tw.Status.non_finite
+    here, there = with_a_broken_row(solver)
+    agree(here, there)
+    assert there.status[3] == tw.Status.non_finite
 
 
 def test_states_of_several_parts_under_autocast():
@@ -120,7 +116,7 @@ def test_certificates():
 
 
 def both(make, images, train):
-    """The largest difference between the logits on both devices, and between the gradients."""
+    """The logits on the CPU and on CUDA; in training those, and the gradients, pair by pair."""
     logits, gradients = [], []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
@@ -134,8 +130,7 @@ def both(make, images, train):
             loss = out.square().mean()
             (loss if extra is None else loss + extra).backward()
             gradients.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
-    pairs = [tuple(logits), *zip(*gradients, strict=True)] if train else [tuple(logits)]
-    assert all(torch.allclose(here, there, rtol=1e-4, atol=1e-6) for here, there in pairs)
+    return [tuple(logits), *zip(*gradients, strict=True)] if train else [tuple(logits)]
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -145,7 +140,9 @@ def both(make, images, train):
 @pytest.mark.parametrize("name", ["twnn_resnet18", "twnn_vit_tiny_patch16_224"])
 def test_wormhole_networks(name, options, train):
     size = {"img_size": 32} if "vit" in name else {}
-    both(lambda: timm.create_model(name, num_classes=5, **size, **options), torch.randn(4, 3, 32, 32), train)
+    images = torch.randn(4, 3, 32, 32)
+    pairs = both(lambda: timm.create_model(name, num_classes=5, **size, **options), images, train)
+    assert all(torch.allclose(here, there, rtol=1e-4, atol=1e-6) for here, there in pairs)
 
 
 @pytest.mark.parametrize("policy", ["dynalay", "halting", "entropy", "always", "twnn_controller"])
