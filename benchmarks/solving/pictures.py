@@ -41,6 +41,9 @@ def readable_log(axis: Any) -> None:
     axis.set_tick_params(labelsize=7)
 
 
+_LABEL = 0.16  # width of a number beside its bar, in longest bars
+
+
 def ratios(cells: list[dict[str, Any]], path: Path) -> Path:
     """Bars: torchdeq's fastest over our fastest, with quartiles, and a mark where the target lies."""
     figure, axes = plt.subplots(
@@ -48,6 +51,7 @@ def ratios(cells: list[dict[str, Any]], path: Path) -> Path:
     )
     for axis, (phase, title) in zip(axes, PHASES.items(), strict=True):
         lines = [h for h in headlines(cells) if h.phase == phase]
+        label = _LABEL * max((h.ratio or 0.0 for h in lines), default=0.0)
         for place, h in enumerate(lines):
             if h.ratio is None:
                 axis.text(0.05, place, "no converged candidate on one side", va="center", fontsize=8)
@@ -56,10 +60,12 @@ def ratios(cells: list[dict[str, Any]], path: Path) -> Path:
             axis.barh(place, h.ratio, color=COLOURS["ours"], height=0.62)
             error = [[max(h.ratio - low, 0)], [max(high - h.ratio, 0)]]
             axis.errorbar(h.ratio, place, xerr=error, color="black", capsize=2, lw=1)
-            axis.text(max(high, h.ratio), place, f"  {h.ratio:.2f}", va="center", fontsize=8)
-            target = targets_of(h.problem, cells)[1].get(phase)
+            target, end = targets_of(h.problem, cells)[1].get(phase), max(high, h.ratio)
             if target:
                 axis.plot([target, target], [place - 0.42, place + 0.42], color="#c00000", lw=2)
+                if end - 0.1 * label <= target <= end + label:  # the mark would cross the number out
+                    end = target
+            axis.text(end, place, f"  {h.ratio:.2f}", va="center", fontsize=8)
         names = [f"{h.problem}, {h.tol:.0e}{'' if h.precision == 'float32' else ' bf16'}" for h in lines]
         axis.set_yticks(range(len(lines)), names, fontsize=8)
         axis.axvline(1, color="black", lw=0.8, ls=":")
