@@ -149,7 +149,10 @@ def reason_of(error: BaseException) -> str:
 
 def _check_device(settings: Settings) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise BenchError("No CUDA device is present: nothing was measured. Use --device cpu.")
+        raise BenchError(
+            "No CUDA device is present: nothing was measured. Use --device cpu (the benchmark 'gpu': with "
+            "--quick)."
+        )
 
 
 def _chosen(cells: list[Cell], settings: Settings) -> list[Cell]:
