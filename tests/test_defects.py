@@ -294,7 +294,7 @@ def test_locuslab_28_the_memory_of_broyden_grows_with_max_iter(memory):
 
         def step(self, problem, z, fz, r, state):
             z, state = self.inner.step(problem, z, fz, r, state)
-            kept.append(len(state.pairs))
+            kept.append(state.steps.count)
             return z, state
 
     quiet(more.shift(size=80), solver=Watched(), tol=1e-12, max_iter=70)

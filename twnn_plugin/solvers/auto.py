@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from .axpy import add_scaled_
 from .base import Control, Outcome, Problem, StepSolver, WholeSolver
 from .driver import drive_rows
+from .kelley import Steps
 from .measure import measure, threshold
 from .newton_krylov import Newton, NewtonKrylov, NewtonSteps
 
@@ -35,9 +35,10 @@ class _Auto(NamedTuple):
     waited: Tensor  # (b,) int: evaluations without a grip since it last did
     age: Tensor  # (b,) int: Broyden steps since the row's method started
     back: Tensor | None  # (b, D) f at the state with the smallest ||r||, once a row was accelerated
-    steps: tuple[Tensor, ...]  # (b, D) each: the last steps, newest last
-    weights: Tensor  # (b, m) 1 / ||step||^2; 0: the row's method started later than this step
+    last: Tensor | None  # (b, D) the last plain step, while there is no other
+    steps: Steps | None  # the last steps, once a row was accelerated
     newton: Newton | None  # once a row has Newton's method
+    some_plain: bool  # whether any row has plain steps still
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,22 @@ class _Steps(StepSolver):
     def init(self, z: Tensor) -> _Auto:
         zero = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)
         far = z.new_full((z.shape[0],), math.inf)
-        return _Auto(
-            self.control.scale, zero, far, far, far, zero, zero, None, (), z.new_zeros(z.shape[0], 0), None
-        )
+        return _Auto(self.control.scale, zero, far, far, far, zero, zero, None, None, None, None, True)
 
     def step(self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _Auto) -> tuple[Tensor, _Auto]:
-        state = self._judge(fz.detach(), r.detach(), state)
+        if state.some_plain:
+            state = self._judge(fz.detach(), r.detach(), state)
         if state.back is None and not bool((state.mode != _PLAIN).any()):
-            return fz, state._replace(steps=(r,), weights=state.weights[:, :0])
+            return fz, state._replace(last=r)
         size = torch.linalg.vector_norm(r.detach(), dim=1)
-        step, state = self._broyden(r, size, state)
+        step, state, every = self._broyden(r, state)
+        z_next = z + step if every else fz + (step - r)  # of plain steps exactly f(z)
         state, lost = self._watch(fz, size, state)
-        z_next = fz + (step - r)  # of plain steps exactly f(z)
         if state.newton is not None or bool((state.mode == _NEWTON).any()):
             theirs, state = self._newton(problem, z, fz, r, lost, state)
             z_next = torch.where((state.mode == _NEWTON)[:, None], theirs, z_next)
+        if lost is None:
+            return z_next, state
         assert state.back is not None
         return torch.where(lost[:, None], state.back, z_next), state
 
@@ -105,29 +107,44 @@ class _Steps(StepSolver):
         # Plain steps still needed: log(change / bound) / log(before / change).
         soon = (change < before) & (change / bound <= (before / change) ** _SOON)
         slow = (state.mode == _PLAIN) & ~soon & torch.isfinite(before)
-        return state._replace(mode=torch.where(slow, _BROYDEN, state.mode), change=change)
+        mode = torch.where(slow, _BROYDEN, state.mode)
+        return state._replace(mode=mode, change=change, some_plain=bool((mode == _PLAIN).any()))
 
-    def _broyden(self, r: Tensor, size: Tensor, state: _Auto) -> tuple[Tensor, _Auto]:
-        """The step of Broyden's method in its rows, a plain one in the others."""
-        steps, weights = state.steps[-self.memory :], state.weights
-        if not weights.shape[1]:  # the first acceleration: the last plain step is the only one
-            weights = _weight(steps[-1])[:, None]
-        weights = weights[:, -self.memory :]
-        step = r.clone()
-        for j in range(len(steps) - 1):
-            share = torch.linalg.vecdot(steps[j], step) * weights[:, j]
-            step = add_scaled_(step, steps[j + 1], share)
-        rest = 1 - torch.linalg.vecdot(steps[-1], step) * weights[:, -1]
-        sound = (state.mode == _BROYDEN) & (rest.detach().abs() > _SINGULAR) & (state.age < self.memory)
-        # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
-        step = torch.where(sound[:, None], step / torch.where(sound, rest, 1.0)[:, None], r)
-        weights = torch.cat([torch.where(sound[:, None], weights, 0.0), _weight(step)[:, None]], dim=1)
-        age = torch.where(sound, state.age + 1, 0)
-        return step, state._replace(steps=(*steps, step), weights=weights, age=age)
+    def _broyden(self, r: Tensor, state: _Auto) -> tuple[Tensor, _Auto, bool]:
+        """The step of Broyden's method in its rows, a plain one in the others; whether there are none."""
+        steps = state.steps
+        if steps is None:  # the first acceleration: the last plain step is the only one
+            assert state.last is not None
+            steps = Steps.first(state.last)
+        steps = steps.last(self.memory)
+        v, rest = steps.next(r)
+        sound = (rest.detach().abs() > _SINGULAR) & (state.age < self.memory)
+        if state.some_plain or state.newton is not None:
+            sound = sound & (state.mode == _BROYDEN)
+        every = bool(sound.all())
+        if every:
+            step, age = v / rest[:, None], state.age + 1
+            steps = steps.extended(step)
+        else:
+            # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
+            step = torch.where(sound[:, None], v / torch.where(sound, rest, 1.0)[:, None], r)
+            age = torch.where(sound, state.age + 1, 0)
+            steps = steps.extended(step, sound)
+        return step, state._replace(last=None, steps=steps, age=age), every
 
-    def _watch(self, fz: Tensor, size: Tensor, state: _Auto) -> tuple[_Auto, Tensor]:
-        """Rows that are lost go back to their best state, those without progress to another method."""
+    def _watch(self, fz: Tensor, size: Tensor, state: _Auto) -> tuple[_Auto, Tensor | None]:
+        """Rows that are lost go back to their best state, those without progress to another method.
+
+        Returns:
+            The state; (b,) bool, the rows that are lost, or None if there are none.
+        """
         better = size < state.best
+        settled = not state.some_plain and state.newton is None
+        if settled and bool(better.all()):  # what most steps are: nothing to worry about
+            reached = size <= state.goal
+            goal = torch.where(reached, 0.5 * size, state.goal)
+            waited = torch.where(reached, 0, state.waited)
+            return state._replace(best=size, goal=goal, waited=waited, back=fz), None
         back = fz if state.back is None else torch.where(better[:, None], fz, state.back)
         fast = state.mode != _PLAIN  # for the others nothing is kept: when it began is the batch's affair
         best = torch.where(fast, torch.minimum(size, state.best), math.inf)
@@ -136,30 +153,27 @@ class _Steps(StepSolver):
         waited = torch.where(reached, 0, state.waited + tossed.long())
         weary = waited >= _PATIENCE
         lost = fast & ((size > _RESTART * best) | weary)
+        state = state._replace(
+            best=best, goal=torch.where(reached | weary, 0.5 * best, state.goal), waited=waited, back=back
+        )
+        if not bool(lost.any()):
+            return state, None
+        assert state.steps is not None
         other = torch.where(state.mode == _NEWTON, _BROYDEN, _NEWTON)
         return state._replace(
             mode=torch.where(weary, other, state.mode),
-            best=best,
-            goal=torch.where(reached | weary, 0.5 * best, state.goal),
             waited=torch.where(weary, 0, waited),
             age=torch.where(lost, 0, state.age),
-            back=back,
-            weights=torch.where(lost[:, None], 0.0, state.weights),
+            steps=state.steps.forgotten(~lost),
         ), lost
 
     def _newton(
-        self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, lost: Tensor, state: _Auto
+        self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, lost: Tensor | None, state: _Auto
     ) -> tuple[Tensor, _Auto]:
         """Where Newton's method goes next; rows that it does not have begin when they get it."""
         method = NewtonSteps(NewtonKrylov(self.memory, start=0), replace(self.control, scale=None))
         newton = method.init(z) if state.newton is None else state.newton
         z_next, newton = method.step(problem, z, fz, r, newton)
-        newton = method.enter(newton, (state.mode != _NEWTON) | lost)
+        begin = state.mode != _NEWTON
+        newton = method.enter(newton, begin if lost is None else begin | lost)
         return z_next, state._replace(newton=newton)
-
-
-def _weight(step: Tensor) -> Tensor:
-    """(b,) ``1 / ||step||^2``, zero for no step and where it would overflow."""
-    square = torch.linalg.vecdot(step, step)
-    moved = square > 1e3 * torch.finfo(step.dtype).tiny
-    return moved / torch.where(moved, square, 1.0)

@@ -9,26 +9,18 @@ import torch
 from torch import Tensor
 
 from .base import Problem, StepSolver, check_whole
+from .kelley import Steps
+from .memory import free_to_look, free_to_write
 
 __all__ = ["Broyden"]
 
 _RESTART = 1e2  # growth of ||r|| over its best that discards a row's history
-_DEGENERATE = 1e-7  # an update whose denominator is this small against its factors is left out
+_SINGULAR = 0.05  # a step that the newest update lengthens by more than the inverse of this is not made
 
 
-class _Pair(NamedTuple):
-    """One update: the inverse Jacobian is minus the identity plus the sum of ``weight * u v^T``."""
-
-    u: Tensor  # (b, D)
-    v: Tensor  # (b, D)
-    weight: Tensor  # (b, 1) 1, or 0 in rows that started anew since
-
-
-class _Pairs(NamedTuple):
-    z: Tensor | None  # (b, D) the last iterate
-    r: Tensor | None  # (b, D) its residual
-    best: Tensor | None  # (b,) the smallest ||r|| so far
-    pairs: tuple[_Pair, ...]
+class _Past(NamedTuple):
+    best: Tensor  # (b,) the smallest ||r|| so far
+    steps: Steps
 
 
 @dataclass(frozen=True)
@@ -36,12 +28,13 @@ class Broyden(StepSolver):
     """Broyden's first ("good") method on ``f(z) - z = 0``, with every row on its own.
 
     Rank-one updates of the inverse Jacobian, from minus the identity, so that the first step is a
-    plain one (Broyden 1965; Bai et al. 2019 use it for DEQs). When ``memory`` pairs are full they are
-    dropped and collected anew: unlike a count that grows with ``max_iter``, the memory is bounded.
+    plain one (Broyden 1965; Bai et al. 2019 use it for DEQs), in the form that keeps one vector an
+    update (Kelley 1995, section 7.3). When ``memory`` steps are full all but the newest are dropped and
+    they are collected anew: unlike a count that grows with ``max_iter``, the memory is bounded.
     No line search, so that a step is one evaluation.
 
     Args:
-        memory: pairs of vectors kept, >= 1.
+        memory: steps kept, >= 1, each a (B, D) matrix.
     """
 
     memory: int = 15
@@ -49,39 +42,23 @@ class Broyden(StepSolver):
     def __post_init__(self) -> None:
         check_whole("broyden", "memory", self.memory)
 
-    def init(self, z: Tensor) -> _Pairs:
-        return _Pairs(None, None, None, ())
+    def init(self, z: Tensor) -> None:
+        return None
 
     def step(
-        self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _Pairs
-    ) -> tuple[Tensor, _Pairs]:
+        self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _Past | None
+    ) -> tuple[Tensor, _Past]:
         norm = torch.linalg.vector_norm(r, dim=1)
-        if state.z is None or state.r is None or state.best is None:
-            return fz, _Pairs(z, r, norm, ())
-        pairs = () if len(state.pairs) == self.memory else state.pairs
-        # Weights, since the host need not know whether any row starts anew.
-        sound = (norm <= _RESTART * state.best).to(r.dtype)[:, None]
-        newest = _update(pairs, z - state.z, r - state.r)
-        pairs = tuple(p._replace(weight=p.weight * sound) for p in (*pairs, newest))
-        return z - _inverse(pairs, r), _Pairs(z, r, torch.minimum(norm, state.best), pairs)
-
-
-def _inverse(pairs: tuple[_Pair, ...], x: Tensor, transposed: bool = False) -> Tensor:
-    """``(-I + sum u v^T) x``, or its transpose's product, row by row."""
-    product = -x
-    for u, v, weight in pairs:
-        u, v = (v, u) if transposed else (u, v)
-        product = torch.addcmul(product, u, torch.linalg.vecdot(v, x)[:, None] * weight)
-    return product
-
-
-def _update(pairs: tuple[_Pair, ...], dz: Tensor, dr: Tensor) -> _Pair:
-    """The newest secant as an update of the inverse (Sherman & Morrison)."""
-    moved = _inverse(pairs, dr)
-    left = _inverse(pairs, dz, transposed=True)
-    denominator = torch.linalg.vecdot(left, dr)
-    scale = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(dr, dim=1)
-    usable = denominator.abs() > _DEGENERATE * scale
-    # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
-    factor = (usable / torch.where(usable, denominator, 1.0))[:, None]
-    return _Pair((dz - moved) * factor, left, torch.ones_like(factor))
+        if state is None:
+            return fz, _Past(norm, Steps.first(r))
+        best, steps = torch.minimum(norm, state.best), state.steps
+        v, rest = steps.next(r)
+        sound = (norm <= _RESTART * state.best) & (rest.detach().abs() > _SINGULAR)
+        if free_to_write(r) and free_to_look(r) and bool(sound.all()):
+            step, keep = v / rest[:, None], None
+        else:  # weights, since the host need not know whether any row starts anew
+            # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
+            step = torch.where(sound[:, None], v / torch.where(sound, rest, 1.0)[:, None], r)
+            keep = sound
+        steps = Steps.first(step) if steps.count == self.memory else steps.extended(step, keep)
+        return z + step, _Past(best, steps)
