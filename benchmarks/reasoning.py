@@ -3,7 +3,7 @@
 The weights that ship, tested at sizes from those of their training to many times as large, with the
 solver choosing the number of steps; with several ``--seeds`` the models and their baselines are also
 trained and every seed is reported. Pathfinder is trained on contours of 6 dashes, and with ``--full`` of
-14, at 32 and at 64 pixels.
+14, at 32 and at 64 pixels, and of 6 at 64 pixels, told which dashes lead on, to be tested on longer ones.
 """
 
 from __future__ import annotations
@@ -39,6 +39,18 @@ SMALLER: dict[str, Any] = {
 """Pathfinder at a size that takes minutes to train; the recipe's own takes a quarter of an hour, at 64 pixels
 an hour and more."""
 LONG = {6: 4000, 9: 4000, 14: 4000}
+TRACED: dict[str, Any] = {
+    "pixels": 64,
+    "size": 6,
+    "easier": (2, 3, 4, 5),
+    "passed": 0.0,
+    "grown": 0.35,
+    "traced": 1.0,
+    "batch_size": 32,
+    "updates": 4500,
+    "lr": 4e-3,
+}
+"""Contours of up to 6 dashes, told which have a dot: so tracing is learnt, and longer ones are read, too."""
 CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
     "twnn_pathfinder/6": ("twnn_pathfinder", SMALLER, {6: 4000}),
     "ff_pathfinder/6": ("ff_pathfinder", SMALLER, {6: 4000}),
@@ -49,6 +61,17 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
     "ff_pathfinder/64px, halved twice": (
         "ff_pathfinder",
         {"pixels": 64, "model_kwargs": {"downsample": 2}},
+        LONG,
+    ),
+    "twnn_pathfinder/traced": (
+        "twnn_pathfinder",
+        {**TRACED, "graded": (14, 18), "model_kwargs": {"width": 12, "stem_width": 12, "reach": 1}},
+        LONG,
+    ),
+    "ff_pathfinder/traced": ("ff_pathfinder", {**TRACED, "model_kwargs": {"width": 9, "depth": 3}}, LONG),
+    "ff_pathfinder/traced, halved twice": (
+        "ff_pathfinder",
+        {**TRACED, "model_kwargs": {"width": 8, "depth": 3, "downsample": 2}},
         LONG,
     ),
 }

@@ -29,6 +29,15 @@ _TARGETS = {
 _AIMS = {("mazes", 59): "99.5 %", ("mazes", 201): "95 %"}
 
 
+_TRAINED = {
+    "6": "contours of 6 dashes",
+    "14": "contours of 14 dashes",
+    "64px": "64 pixels, contours of up to 14 dashes",
+    "traced": "64 pixels, contours of up to 6 dashes, told which dashes are on a contour with a dot",
+}
+"""Variants of Pathfinder."""
+
+
 def _done(cells: list[Record], kind: str) -> list[Record]:
     return [c for c in cells if c["status"] == "ok" and c["options"]["kind"] == kind]
 
@@ -220,16 +229,13 @@ def _rank_claims(cells: list[Record]) -> list[Claim]:
 
 def _seed_claims(cells: list[Record]) -> list[Claim]:
     lines = []
-    for trained, size in ((t, s) for t in ("6", "14", "64px") for s in (6, 9, 14)):
+    for (trained, what), size in ((item, s) for item in _TRAINED.items() for s in (6, 9, 14)):
         ours = _seeds(cells, f"twnn_pathfinder/{trained}", size)
         nets = [_seeds(cells, f"ff_pathfinder/{trained}{more}", size) for more in ("", ", halved twice")]
         theirs = max((found for found in nets if found), key=statistics.median, default=[])
         if not (ours and theirs):
             continue
         ahead = 100 * (statistics.median(ours) - statistics.median(theirs))
-        what = (
-            "64 pixels, contours of up to 14 dashes" if trained == "64px" else f"contours of {trained} dashes"
-        )
         lines.append(
             Claim(
                 f"Pathfinder at length {size}, trained on {what}, against the best feed-forward net",

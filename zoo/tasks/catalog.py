@@ -137,7 +137,8 @@ class Growing:
         seed: of examples and sizes.
         passed: the share of the present size's examples that must be right, as a running mean over some 30
             batches, before the next size is let in; see :meth:`tell`. 0: by schedule, each size for a share
-            of the updates in proportion to itself, the last one from ``_GROWN`` of them on.
+            of the updates in proportion to itself.
+        grown: the share of the updates from which on the last size is trained on, by schedule.
 
     Attributes:
         size: the present size, of the batch that was given last.
@@ -145,10 +146,17 @@ class Growing:
         passes: the numbers of batches after which a size was passed.
     """
 
-    _GROWN, _SLOWLY, _AGAIN = 0.7, 0.03, 0.6
+    _SLOWLY, _AGAIN = 0.03, 0.6
 
     def __init__(
-        self, task: Task, sizes: Sequence[int], updates: int, batch_size: int, seed: int, passed: float = 0.0
+        self,
+        task: Task,
+        sizes: Sequence[int],
+        updates: int,
+        batch_size: int,
+        seed: int,
+        passed: float = 0.0,
+        grown: float = 0.7,
     ):
         self.sizes, self.size, self.passed = tuple(sizes), sizes[0], passed
         self.right = 0.0
@@ -159,7 +167,7 @@ class Growing:
         self._random = np.random.default_rng([seed, 7])
         if not passed:
             summed = np.cumsum(self.sizes[:-1])
-            self.passes = [math.ceil(self._GROWN * updates * float(s) / float(summed[-1])) for s in summed]
+            self.passes = [math.ceil(grown * updates * float(s) / float(summed[-1])) for s in summed]
         self._taken = 0
 
     def __iter__(self) -> Growing:

@@ -29,11 +29,14 @@ class Examples:
         inputs: (N, ...) float32.
         targets: (N, ...) int64.
         difficulty: figures about each example by name, (N,) float32; what a solver's steps are held against.
+        marks: (N, 1, H, W) int8, what may be told of an image in training beside its target: 1 at what
+            leads to the answer, 0 at what does not, -1 elsewhere; None where a task has none.
     """
 
     inputs: Tensor
     targets: Tensor
     difficulty: dict[str, Tensor] = field(default_factory=dict)
+    marks: Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -43,19 +46,25 @@ class Examples:
             self.inputs[rows],
             self.targets[rows],
             {name: value[rows] for name, value in self.difficulty.items()},
+            None if self.marks is None else self.marks[rows],
         )
 
     def to(self, device: torch.device | str) -> Examples:
-        """Inputs and targets on a device; the difficulties stay."""
-        return Examples(self.inputs.to(device), self.targets.to(device), self.difficulty)
+        """Inputs, targets and marks on a device; the difficulties stay."""
+        marks = None if self.marks is None else self.marks.to(device)
+        return Examples(self.inputs.to(device), self.targets.to(device), self.difficulty, marks)
 
 
 def joined(first: Examples, second: Examples) -> Examples:
-    """The examples of both, which have the same shapes and difficulties."""
+    """The examples of both, which have the same shapes, difficulties and marks."""
+    marks = None
+    if first.marks is not None and second.marks is not None:
+        marks = torch.cat([first.marks, second.marks])
     return Examples(
         torch.cat([first.inputs, second.inputs]),
         torch.cat([first.targets, second.targets]),
         {name: torch.cat([value, second.difficulty[name]]) for name, value in first.difficulty.items()},
+        marks,
     )
 
 

@@ -18,8 +18,9 @@ from .catalog import Growing, Task, passes, stream
 from .examples import Examples
 from .recipe import Recipe
 
-__all__ = ["Batches", "Phantom", "objective_of"]
+__all__ = ["Batches", "Phantom", "Tracer", "objective_of"]
 
+_FEW = -2.0  # a fresh tracer expects few marks
 _ENDS = 4  # what the ends of a contour add to its length, in dashes
 
 
@@ -74,16 +75,55 @@ def _source(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examp
         return passes(data, recipe.batch_size, recipe.seed)
     if recipe.easier:
         sizes = (*recipe.easier, recipe.size)
-        return Growing(task, sizes, recipe.updates, recipe.batch_size, recipe.seed, recipe.passed)
+        return Growing(
+            task, sizes, recipe.updates, recipe.batch_size, recipe.seed, recipe.passed, recipe.grown
+        )
     return stream(task, recipe.size, recipe.batch_size, recipe.seed)
 
 
+class Tracer(nn.Module):
+    """The second loss of a recipe with ``traced``: marks, read off a feature map position by position.
+
+    Args:
+        channels: of the feature map.
+        weight: of the loss.
+    """
+
+    def __init__(self, channels: int, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.read = nn.Conv2d(channels, 1, 1)
+        nn.init.constant_(self.read.bias, _FEW)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor, marks: Tensor) -> Tensor:
+        """Features (B, channels, h, w) and marks (B, 1, H, W) to the loss, over positions with one mark."""
+        size = features.shape[2:]
+        yes, no = (F.adaptive_max_pool2d((marks == mark).float(), size) for mark in (1, 0))
+        known = yes != no
+        losses = F.binary_cross_entropy_with_logits(self.read(features), yes, reduction="none")
+        return self.weight * (losses * known).sum() / known.sum().clamp_min(1)
+
+
 def objective_of(
-    recipe: Recipe, model: nn.Module, batches: Batches, random: np.random.Generator
+    recipe: Recipe,
+    model: nn.Module,
+    batches: Batches,
+    random: np.random.Generator,
+    tracer: Tracer | None = None,
 ) -> Callable[[int], Tensor]:
-    """The loss of an update, by the recipe's method."""
+    """The loss of an update, by the recipe's method.
+
+    Args:
+        recipe: the settings.
+        model: what is trained.
+        batches: what it is trained on.
+        random: of the numbers of steps.
+        tracer: makes the second loss of a recipe with ``traced``.
+    """
     from twnn_plugin.errors import OptionError
 
+    if recipe.method == "plain" and tracer is not None:
+        return lambda update: _traced(model, batches, tracer)
     if recipe.method in ("plain", "implicit"):
         return lambda update: _whole(model, batches)
     if not isinstance(model, Iterated):
@@ -94,13 +134,19 @@ def objective_of(
     if recipe.method == "progressive":
         return lambda update: _progressive(recipe, model, next(batches), random)
     if recipe.method == "unrolled":
-        return lambda update: _unrolled(recipe, model, batches, random)
+        return lambda update: _unrolled(recipe, model, batches, random, tracer)
     return Phantom(recipe, model, batches, random)
 
 
 def _whole(model: nn.Module, batches: Batches) -> Tensor:
     batch = next(batches)
     return batches.loss(model(batch.inputs), batch.targets)
+
+
+def _traced(model: Any, batches: Batches, tracer: Tracer) -> Tensor:
+    batch = next(batches)
+    features = model.forward_features(batch.inputs)
+    return batches.loss(model.forward_head(features), batch.targets) + tracer(features, batch.marks)
 
 
 def _draw(random: np.random.Generator, bounds: tuple[int, int]) -> int:
@@ -116,14 +162,20 @@ def _run(model: Iterated, z: Tensor, x: Tensor, steps: int, drop: float = 0.0) -
     return z
 
 
-def _unrolled(recipe: Recipe, model: Iterated, batches: Batches, random: np.random.Generator) -> Tensor:
+def _unrolled(
+    recipe: Recipe, model: Iterated, batches: Batches, random: np.random.Generator, tracer: Tracer | None
+) -> Tensor:
     batch, bounds = next(batches), recipe.graded
     if batches.size is not None:  # a contour's ends count, too, so that the shortest still take a few
         share = (batches.size + _ENDS) / (recipe.size + _ENDS)
         bounds = (max(1, round(share * bounds[0])), max(1, round(share * bounds[1])))
     x = model.inject(batch.inputs)
     z = _run(model, model.blank(x), x, _draw(random, bounds), recipe.drop)
-    return batches.loss(model.read(z, x), batch.targets)
+    loss = batches.loss(model.read(z, x), batch.targets)
+    if tracer is not None:
+        assert batch.marks is not None
+        loss = loss + tracer(z, batch.marks)
+    return loss
 
 
 def _progressive(recipe: Recipe, model: Iterated, batch: Examples, random: np.random.Generator) -> Tensor:

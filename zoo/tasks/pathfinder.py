@@ -59,7 +59,7 @@ def pathfinder(
 
     Returns:
         Inputs (N, 1, pixels, pixels) in [0, 1], targets (N,); difficulty: ``turning``, how far the
-        contour of the first dot turns in all, in radians.
+        contour of the first dot turns in all, in radians; marks: 1 on contours with a dot, 0 on others.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -79,12 +79,21 @@ def pathfinder(
     first = dots[:, :1] // length * length + np.arange(length)
     turns = np.abs(np.diff(np.take_along_axis(angle, first, axis=1), axis=1)).sum(axis=1)
     targets = torch.from_numpy((dots[:, 0] // length == dots[:, 1] // length).astype(np.int64))
-    return Examples(paint(scene, pixels), targets, {"turning": as_float(turns)})
+    return Examples(
+        paint(scene, pixels), targets, {"turning": as_float(turns)}, _marks(scene, length, pixels)
+    )
 
 
 def _contours(length: int) -> np.ndarray:
     short = max(2, length // 3)
     return np.concatenate([np.repeat([0, 1], length), np.repeat(np.arange(2, 2 + _DISTRACTORS), short)])
+
+
+def _marks(scene: Scene, length: int, pixels: int) -> Tensor:
+    """(N, 1, pixels, pixels) int8: 1 on contours with a dot, 0 on others, -1 elsewhere and where both are."""
+    dotted = (scene.dots[:, :, None] // length == np.arange(scene.contour[-1] + 1)).any(axis=1)
+    on, off = (paint(scene, pixels, which) > 0.5 for which in (dotted, ~dotted))
+    return torch.where(on ^ off, on.to(torch.int8), -1)
 
 
 def draw_scenes(length: int, count: int, random: np.random.Generator) -> Scene:
@@ -155,23 +164,53 @@ def _walk(others: np.ndarray, length: int, random: np.random.Generator) -> tuple
     return np.where(whole[:, None, None], walk, 9.0), angle
 
 
-def paint(scene: Scene, pixels: int) -> Tensor:
-    """(N, 1, pixels, pixels): dashes and dots, with soft edges a pixel wide."""
-    place = torch.arange(pixels) / pixels + 0.5 / pixels
-    y, x = torch.meshgrid(place, place, indexing="ij")
-    image = torch.zeros(len(scene.dots), pixels, pixels)
+def paint(scene: Scene, pixels: int, contours: np.ndarray | None = None) -> Tensor:
+    """Dashes and dots, with soft edges a pixel wide.
+
+    Args:
+        scene: what is painted.
+        pixels: height and width.
+        contours: (N, C) bool: of which contours the dashes are painted, and no dots; None: everything.
+
+    Returns:
+        (N, 1, pixels, pixels) in [0, 1].
+    """
+    image = torch.zeros(len(scene.dots), pixels * pixels)
     centre, angle = as_float(scene.centre), as_float(scene.angle)
     way = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    shown = None if contours is None else torch.from_numpy(contours[:, scene.contour])
+    window = _window(_DASH / 2 + _THICK, pixels)
     for dash in range(centre.shape[1]):
-        dx, dy = (plane - centre[:, dash, axis, None, None] for axis, plane in enumerate((x, y)))
-        cos, sin = (way[:, dash, axis, None, None] for axis in range(2))
+        place, dx, dy = _around(centre[:, dash], window, pixels)
+        cos, sin = way[:, dash, :1], way[:, dash, 1:]
         along = (dx * cos + dy * sin).abs() - _DASH / 2
         across = (dx * sin - dy * cos).abs()
         far = torch.hypot(along.clamp_min(0), across) - _THICK
-        torch.maximum(image, (0.5 - far * pixels).clamp(0, 1), out=image)
-    rows = torch.arange(len(scene.dots))
-    for dot in torch.from_numpy(scene.dots.T):
-        where = centre[rows, dot]
-        far = torch.hypot(x - where[:, 0, None, None], y - where[:, 1, None, None]) - _DOT
-        torch.maximum(image, (0.5 - far * pixels).clamp(0, 1), out=image)
-    return image[:, None]
+        value = (0.5 - far * pixels).clamp(0, 1)
+        value = value if shown is None else value * shown[:, dash, None]
+        image.scatter_reduce_(1, place, value, "amax")
+    if shown is None:
+        rows, window = torch.arange(len(scene.dots)), _window(_DOT, pixels)
+        for dot in torch.from_numpy(scene.dots.T):
+            place, dx, dy = _around(centre[rows, dot], window, pixels)
+            far = torch.hypot(dx, dy) - _DOT
+            image.scatter_reduce_(1, place, (0.5 - far * pixels).clamp(0, 1), "amax")
+    return image.view(-1, 1, pixels, pixels)
+
+
+def _window(radius: float, pixels: int) -> Tensor:
+    """(2, w) rows and columns, from the centre's, of the pixels that a thing of this radius may touch."""
+    reach = int(np.ceil(radius * pixels + 0.5)) + 1
+    steps = torch.arange(-reach, reach + 1)
+    return torch.stack(torch.meshgrid(steps, steps, indexing="ij")).flatten(1)
+
+
+def _around(centre: Tensor, window: Tensor, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the pixels around each of (N, 2) centres: number in the image and distances from it, (N, w) each.
+
+    Those outside of the image are replaced by its border, which is as far from the centre or nearer.
+    """
+    x, y = ((centre[:, axis, None] * pixels).long() + window[1 - axis] for axis in (0, 1))
+    x, y = x.clamp(0, pixels - 1), y.clamp(0, pixels - 1)
+    dx, dy = ((at / pixels + 0.5 / pixels) - centre[:, axis, None] for axis, at in enumerate((x, y)))
+    return y * pixels + x, dx, dy

@@ -50,6 +50,9 @@ class Recipe:
             For inputs of one shape (pathfinder). ``graded`` shrinks with the size (unrolled).
         passed: share right of a size's examples, as a running mean, that lets the next of ``easier`` in;
             0: by schedule.
+        grown: share of the updates from which on ``size`` itself is trained on, by schedule.
+        traced: weight of a second loss: a 1x1 convolution, thrown away afterwards, is to tell at each
+            position of the last state or feature map whether it is on a contour with a dot (pathfinder).
         pixels: height and width of the images (pathfinder); None: the task's own.
         select: updates between looks at validation examples of the same size; the weights that were right
             most often, the latest of equals, are the result. 0: the last ones are.
@@ -78,6 +81,8 @@ class Recipe:
     fresh: float = 0.04
     easier: tuple[int, ...] = ()
     passed: float = 0.0
+    grown: float = 0.7
+    traced: float = 0.0
     pixels: int | None = None
     select: int = 0
     seed: int = 0
@@ -93,11 +98,11 @@ class Recipe:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip"):
             self._require(name, getattr(self, name) > 0, "a positive number")
-        for name in ("noise", "jacobian_from", "alpha", "fresh"):
+        for name in ("noise", "jacobian_from", "alpha", "fresh", "grown"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("ema", "drop"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        for name in ("warmup", "seed", "jacobian", "buffer", "select"):
+        for name in ("warmup", "seed", "jacobian", "buffer", "select", "traced"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("free", 0 <= self.free[0] <= self.free[1], "fewest and most steps")
         self._require("graded", 1 <= self.graded[0] <= self.graded[1], "fewest and most steps, from 1 on")
@@ -114,6 +119,11 @@ class Recipe:
         self._require("passed", 0 <= self.passed < 1, "at least 0 and below 1")
         self._require("passed", not self.passed or bool(self.easier), "0 without easier sizes")
         self._require("batch_size", not self.easier or self.batch_size >= 2, "at least 2 with easier sizes")
+        if self.traced and (self.task != "pathfinder" or self.method not in ("unrolled", "plain")):
+            raise ConfigError(
+                f"traced={self.traced} needs marks, which only pathfinder's images have, and the method "
+                f"'unrolled' or 'plain'; got {self.task} and {self.method!r}. Leave it out."
+            )
         if self.buffer and self.method != "phantom":
             raise ConfigError(f"Only the method 'phantom' keeps states; got buffer={self.buffer}.")
 
