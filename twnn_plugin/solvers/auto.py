@@ -118,17 +118,17 @@ class _Steps(StepSolver):
             steps = Steps.first(state.last)
         steps = steps.last(self.memory)
         v, rest = steps.next(r)
-        sound = (rest.detach().abs() > _SINGULAR) & (state.age < self.memory)
+        sound = (rest.detach().abs() > _SINGULAR) & (state.age < self.memory)[:, None]
         if state.some_plain or state.newton is not None:
-            sound = sound & (state.mode == _BROYDEN)
+            sound = sound & (state.mode == _BROYDEN)[:, None]
         every = bool(sound.all())
         if every:
-            step, age = v / rest[:, None], state.age + 1
+            step, age = v / rest, state.age + 1
             steps = steps.extended(step)
         else:
             # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
-            step = torch.where(sound[:, None], v / torch.where(sound, rest, 1.0)[:, None], r)
-            age = torch.where(sound, state.age + 1, 0)
+            step = torch.where(sound, v / torch.where(sound, rest, 1.0), r)
+            age = torch.where(sound[:, 0], state.age + 1, 0)
             steps = steps.extended(step, sound)
         return step, state._replace(last=None, steps=steps, age=age), every
 
@@ -164,7 +164,7 @@ class _Steps(StepSolver):
             mode=torch.where(weary, other, state.mode),
             waited=torch.where(weary, 0, waited),
             age=torch.where(lost, 0, state.age),
-            steps=state.steps.forgotten(~lost),
+            steps=state.steps.forgotten(~lost[:, None]),
         ), lost
 
     def _newton(

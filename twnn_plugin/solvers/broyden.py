@@ -53,12 +53,12 @@ class Broyden(StepSolver):
             return fz, _Past(norm, Steps.first(r))
         best, steps = torch.minimum(norm, state.best), state.steps
         v, rest = steps.next(r)
-        sound = (norm <= _RESTART * state.best) & (rest.detach().abs() > _SINGULAR)
+        sound = (norm <= _RESTART * state.best)[:, None] & (rest.detach().abs() > _SINGULAR)
         if free_to_write(r) and free_to_look(r) and bool(sound.all()):
-            step, keep = v / rest[:, None], None
+            step, keep = v / rest, None
         else:  # weights, since the host need not know whether any row starts anew
             # The inner where keeps 1/0 out of the derivative when the solve is unrolled.
-            step = torch.where(sound[:, None], v / torch.where(sound, rest, 1.0)[:, None], r)
+            step = torch.where(sound, v / torch.where(sound, rest, 1.0), r)
             keep = sound
         steps = Steps.first(step) if steps.count == self.memory else steps.extended(step, keep)
         return z + step, _Past(best, steps)

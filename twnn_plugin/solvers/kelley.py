@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .memory import free_to_look, free_to_write
-from .stack import add_combined, dots, joined
+from .stack import add_combined, combined, dots, joined
 
 __all__ = ["Steps"]
 
@@ -41,41 +41,41 @@ class Steps(NamedTuple):
         return Steps(step[:, None], _inverse(torch.linalg.vecdot(step, step))[:, None, None], 1)
 
     def next(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """v, (b, D), and ``1 - c_m``, (b,), for the (b, D) residual r."""
-        m = self.count
+        """v, (b, D), and ``1 - c_m``, (b, 1), for the (b, D) residual r."""
+        m, r = self.count, r[:, None]
         c = dots(self.table[:, :m, :m], dots(self.memory[:, :m], r))
-        v = r if m == 1 else add_combined(r, self.memory[:, 1:m], c[:, : m - 1])
-        return v, 1 - c[:, m - 1]
+        v = r if m == 1 else add_combined(r, self.memory[:, 1:m], c[:, :, : m - 1])
+        return v[:, 0], 1 - c[:, :, m - 1]
 
     def extended(self, step: Tensor, keep: Tensor | None = None) -> Steps:
         """With one step more.
 
         Args:
             step: (b, D) the newest.
-            keep: (b,) bool, False in rows that forget the steps before it; None: no row does.
+            keep: (b, 1) bool, False in rows that forget the steps before it; None: no row does.
         """
-        m, memory = self.count, self.memory
+        m, memory, step = self.count, self.memory, step[:, None]
         table = self.table if keep is None else self.forgotten(keep).table
         write = free_to_write(step) and free_to_look(step)
         if write:
             memory, table = (memory, table) if memory.shape[1] > m else _roomier(memory, table)
-            memory[:, m] = step
+            memory[:, m : m + 1] = step
         else:
             memory = joined(memory, step)
         products = dots(memory[:, 1 : m + 1], step)
-        weight = _inverse(products[:, m - 1 :])
-        row = dots(table[:, :m, :m].transpose(1, 2), products) * weight
+        weight = _inverse(products[:, :, m - 1 :])
+        row = combined(table[:, :m, :m], products) * weight
         if write:
-            table[:, m, :m] = row
-            table[:, m, m : m + 1] = weight
+            newest = table[:, m : m + 1]
+            newest[:, :, :m], newest[:, :, m : m + 1] = row, weight
         else:
             wider = torch.nn.functional.pad(table, (0, 1))
-            table = joined(wider, torch.cat((row, weight), dim=1))
+            table = joined(wider, torch.cat((row, weight), dim=2))
         return Steps(memory, table, m + 1)
 
     def forgotten(self, keep: Tensor) -> Steps:
-        """Without a past in the rows where ``keep``, (b,) bool, is False; theirs may hold NaN."""
-        return self._replace(table=torch.where(keep[:, None, None], self.table, 0.0))
+        """Without a past in the rows where ``keep``, (b, 1) bool, is False; theirs may hold NaN."""
+        return self._replace(table=torch.where(keep[:, None], self.table, 0.0))
 
     def last(self, most: int) -> Steps:
         """Without the oldest beyond ``most``; rows that build on them must have started anew."""

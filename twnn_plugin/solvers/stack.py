@@ -10,26 +10,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_combined", "dots", "joined"]
+__all__ = ["add_combined", "combined", "dots", "joined"]
 
 
 def dots(stack: Tensor, x: Tensor) -> Tensor:
-    """(b, m) inner products of the vectors in ``stack``, (b, m, D), with ``x``, (b, D), row by row."""
+    """(b, 1, m) inner products of the vectors in ``stack``, (b, m, D), with ``x``, (b, 1, D), row by row."""
     if _rounded(x):
-        return (stack * x[:, None]).sum(dim=2)
-    return torch.bmm(x[:, None], stack.transpose(1, 2))[:, 0]
+        return (stack * x).sum(dim=2)[:, None]
+    return torch.bmm(x, stack.mT)
+
+
+def combined(stack: Tensor, factors: Tensor) -> Tensor:
+    """(b, 1, D) the combination of the vectors in ``stack``, (b, m, D), by ``factors``, (b, 1, m)."""
+    if _rounded(stack):
+        return (stack * factors.mT).sum(dim=1, keepdim=True)
+    return torch.bmm(factors, stack)
 
 
 def add_combined(x: Tensor, stack: Tensor, factors: Tensor) -> Tensor:
-    """``x``, (b, D), plus the combination of the vectors in ``stack``, (b, m, D), by ``factors``, (b, m)."""
+    """``x``, (b, 1, D), plus :func:`combined`, in one operation."""
     if _rounded(x):
-        return x + (stack * factors[:, :, None]).sum(dim=1)
-    return torch.baddbmm(x[:, None], factors[:, None], stack)[:, 0]
+        return x + combined(stack, factors)
+    return torch.baddbmm(x, factors, stack)
 
 
 def joined(stack: Tensor, x: Tensor) -> Tensor:
-    """The vectors of a stack, (b, m, D), and one more, (b, D)."""
-    return torch.cat((stack, x[:, None]), dim=1)
+    """The vectors of a stack, (b, m, D), and one more, (b, 1, D)."""
+    return torch.cat((stack, x), dim=1)
 
 
 def _rounded(x: Tensor) -> bool:
