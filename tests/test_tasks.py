@@ -14,7 +14,7 @@ from zoo.tasks import TASKS, find_task, mazes, pathfinder, prefix_sums, read_exa
 from zoo.tasks.catalog import passes, stream
 from zoo.tasks.examples import SPLITS, fingerprints, in_split
 from zoo.tasks.mazes import cells_of, pixels_of
-from zoo.tasks.pathfinder import _contours, draw_scenes, paint
+from zoo.tasks.pathfinder import _DASH, _DOT, _THICK, _contours, _marks, draw_scenes, paint
 
 SMALL = {"prefix_sums": 32, "mazes": 9, "pathfinder": 6}
 
@@ -169,6 +169,45 @@ def test_pathfinder_paints_what_was_drawn():
             assert (image[number, 0][place[:, 1], place[:, 0]] > 0.2).all()
     examples = pathfinder(6, 400, 0, "train")
     assert 0.4 < examples.targets.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("pixels", [32, 45, 64])
+def test_no_pixel_is_left_out_by_painting_around_each_dash(pixels):
+    """Held against the distance of every pixel from every dash and dot."""
+    scene = draw_scenes(9, 6, np.random.default_rng(2))
+    at = (np.arange(pixels) + 0.5) / pixels
+    x, y = np.meshgrid(at, at)
+    for number, image in enumerate(paint(scene, pixels)[:, 0]):
+        nearest = np.full((pixels, pixels), np.inf)
+        for (cx, cy), angle in zip(scene.centre[number], scene.angle[number], strict=True):
+            along = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
+            across = (x - cx) * np.sin(angle) - (y - cy) * np.cos(angle)
+            beyond = np.maximum(np.abs(along) - _DASH / 2, 0)
+            nearest = np.minimum(nearest, np.hypot(beyond, across) - _THICK)
+        for dot in scene.dots[number]:
+            cx, cy = scene.centre[number, dot]
+            nearest = np.minimum(nearest, np.hypot(x - cx, y - cy) - _DOT)
+        expected = torch.from_numpy(np.clip(0.5 - nearest * pixels, 0, 1)).float()
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-4)
+
+
+def test_marks_say_which_contours_have_a_dot_and_where_they_end_without():
+    examples = pathfinder(6, 60, 0, "train", pixels=64)
+    marks = examples.marks
+    assert marks is not None and marks.shape == examples.inputs.shape and marks.dtype == torch.int8
+    assert (examples.inputs[marks >= 0] > 0.5).all()
+    there = torch.stack([(marks == k).flatten(1).any(dim=1) for k in range(3)])
+    assert there[:2].all() and torch.equal(there[2], examples.targets == 0)
+    scene = draw_scenes(6, 8, np.random.default_rng(3))
+    for number, found in enumerate(_marks(scene, 6, 64)[:, 0]):
+        dots = scene.dots[number].tolist()
+        dotted = {dot // 6 for dot in dots}
+        for dash, (centre, contour) in enumerate(zip(scene.centre[number], scene.contour, strict=True)):
+            column, row = (centre * 64).astype(int)
+            end = contour in dotted and dash % 6 in (0, 5) and dash not in dots
+            assert found[row, column] in (-1, 2 if end else int(contour in dotted))
+    part = examples[torch.tensor([3, 4])].to("cpu")
+    assert torch.equal(part.marks, marks[3:5]) and mazes(9, 1).marks is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -17,6 +18,7 @@ from zoo.errors import ConfigError
 from zoo.tasks import RECIPES, Recipe, prefix_sums, recipe_for, score, train_task
 from zoo.tasks.catalog import Growing, find_task
 from zoo.tasks.examples import Examples
+from zoo.tasks.objectives import Tracer
 from zoo.tasks.recipe import METHODS
 from zoo.tasks.run import load_model
 
@@ -123,6 +125,10 @@ def test_selection_takes_the_best_on_validation_data():
         ({"task": "pathfinder", "size": 4, "easier": (4,)}, "ascending sizes below"),
         ({"task": "pathfinder", "size": 4, "easier": (3,), "passed": 1.0}, "passed=1.0"),
         ({"passed": 0.8}, "0 without easier sizes"),
+        ({"grown": 1.5}, "grown=1.5"),
+        ({"traced": -1.0}, "traced=-1.0"),
+        ({"traced": 1.0}, "only pathfinder's images have"),
+        ({"traced": 1.0, "task": "pathfinder", "size": 4, "method": "phantom"}, "'unrolled' or 'plain'"),
     ],
 )
 def test_impossible_recipes(changes, said):
@@ -135,6 +141,13 @@ def test_pathfinder_recipes_run(model):
     changes = {"size": 4, "easier": (2, 3), "graded": (2, 4), "updates": 6, "batch_size": 8}
     trained = train_task(recipe_for(model, **changes))
     assert all(torch.isfinite(torch.tensor(trained.losses)))
+    # The first loss is taken before the weights change: what is told besides is added to it.
+    told = train_task(recipe_for(model, **changes, traced=0.5))
+    twice = train_task(recipe_for(model, **changes, traced=1.0))
+    assert trained.losses[0] < told.losses[0] < twice.losses[0]
+    more = twice.losses[0] - told.losses[0]
+    assert told.losses[0] - trained.losses[0] == pytest.approx(more, rel=1e-4)
+    assert told.model.state_dict().keys() == trained.model.state_dict().keys()
     with pytest.raises(ConfigError, match="leave easier out"):
         train_task(recipe_for(model, **changes), data=find_task("pathfinder").draw(4, 32, 0, "train"))
 
@@ -344,6 +357,7 @@ class Stop(Exception):
         {"method": "progressive", "graded": (2, 4)},
         {"model": "twnn_maze", "size": 5, "select": 2},
         {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4)},
+        {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4), "traced": 1.0},
     ],
 )
 def test_an_interrupted_training_goes_on_to_the_same_weights(changes, tmp_path):
@@ -396,3 +410,27 @@ def test_resume_from_the_command_line(tmp_path, monkeypatch):
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "run"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert not (tmp_path / "run" / "last.pth.tar").exists()
+
+
+def test_a_tracer_learns_from_the_positions_that_have_a_mark():
+    marks = torch.full((1, 1, 8, 8), -1, dtype=torch.int8)
+    marks[..., :2, :2], marks[..., :2, 4:6], marks[..., 6:, 6:] = (
+        0,
+        1,
+        2,
+    )  # of 4x4 positions: (0,0) (0,2) (3,3)
+    features = torch.randn(1, 3, 4, 4, requires_grad=True)
+    tracer = Tracer(3, weight=2.0)
+    loss = tracer(features, marks)
+    loss.backward()
+    answers = tracer.read(features)[0]
+    dotted = F.binary_cross_entropy_with_logits(
+        torch.stack([answers[0, 0, 0], answers[0, 0, 2], answers[0, 3, 3]]), torch.tensor([0.0, 1.0, 1.0])
+    )
+    ends = F.binary_cross_entropy_with_logits(
+        torch.stack([answers[1, 0, 0], answers[1, 0, 2], answers[1, 3, 3]]), torch.tensor([0.0, 0.0, 1.0])
+    )
+    torch.testing.assert_close(loss, 2 * (dotted + ends))
+    touched = features.grad[0].abs().sum(dim=0) > 0
+    assert touched.nonzero().tolist() == [[0, 0], [0, 2], [3, 3]]
+    assert float(tracer(features, torch.full_like(marks, -1)).detach()) == 0

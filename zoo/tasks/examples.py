@@ -29,8 +29,8 @@ class Examples:
         inputs: (N, ...) float32.
         targets: (N, ...) int64.
         difficulty: figures about each example by name, (N,) float32; what a solver's steps are held against.
-        marks: (N, 1, H, W) int8, what may be told of an image in training beside its target: 1 at what
-            leads to the answer, 0 at what does not, -1 elsewhere; None where a task has none.
+        marks: (N, 1, H, W) int8, what may be told of an image in training beside its target, -1 where there
+            is nothing to tell; None where a task has none.
     """
 
     inputs: Tensor

@@ -82,7 +82,9 @@ def _source(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examp
 
 
 class Tracer(nn.Module):
-    """The second loss of a recipe with ``traced``: marks, read off a feature map position by position.
+    """The second loss of a recipe with ``traced``: two answers, read off a feature map position by position.
+
+    Is the contour here one with a dot? Does such a contour end here without a dot?
 
     Args:
         channels: of the feature map.
@@ -92,16 +94,22 @@ class Tracer(nn.Module):
     def __init__(self, channels: int, weight: float):
         super().__init__()
         self.weight = weight
-        self.read = nn.Conv2d(channels, 1, 1)
+        self.read = nn.Conv2d(channels, 2, 1)
         nn.init.constant_(self.read.bias, _FEW)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor, marks: Tensor) -> Tensor:
-        """Features (B, channels, h, w) and marks (B, 1, H, W) to the loss, over positions with one mark."""
-        size = features.shape[2:]
-        yes, no = (F.adaptive_max_pool2d((marks == mark).float(), size) for mark in (1, 0))
-        known = yes != no
-        losses = F.binary_cross_entropy_with_logits(self.read(features), yes, reduction="none")
-        return self.weight * (losses * known).sum() / known.sum().clamp_min(1)
+        """Features (B, channels, h, w) and marks (B, 1, H, W) of Pathfinder to the loss."""
+        size, answers = features.shape[2:], self.read(features)
+        none, some, end = (F.adaptive_max_pool2d((marks == k).float(), size) for k in range(3))
+        dotted = _answered(answers[:, :1], torch.maximum(some, end), none)
+        return self.weight * (dotted + _answered(answers[:, 1:], end, torch.maximum(none, some) * (1 - end)))
+
+
+def _answered(answer: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Mean cross-entropy over the positions that are one of both."""
+    known = yes != no
+    losses = F.binary_cross_entropy_with_logits(answer, yes, reduction="none")
+    return (losses * known).sum() / known.sum().clamp_min(1)
 
 
 def objective_of(

@@ -59,7 +59,8 @@ def pathfinder(
 
     Returns:
         Inputs (N, 1, pixels, pixels) in [0, 1], targets (N,); difficulty: ``turning``, how far the
-        contour of the first dot turns in all, in radians; marks: 1 on contours with a dot, 0 on others.
+        contour of the first dot turns in all, in radians; marks: 0 on contours without a
+        dot, 1 on those with one, and 2 on the dash at an end of these that has none.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -90,10 +91,15 @@ def _contours(length: int) -> np.ndarray:
 
 
 def _marks(scene: Scene, length: int, pixels: int) -> Tensor:
-    """(N, 1, pixels, pixels) int8: 1 on contours with a dot, 0 on others, -1 elsewhere and where both are."""
-    dotted = (scene.dots[:, :, None] // length == np.arange(scene.contour[-1] + 1)).any(axis=1)
-    on, off = (paint(scene, pixels, which) > 0.5 for which in (dotted, ~dotted))
-    return torch.where(on ^ off, on.to(torch.int8), -1)
+    """(N, 1, pixels, pixels) int8; see :func:`pathfinder`. -1 where no dash is, or two of different kinds."""
+    rows = np.arange(len(scene.dots))
+    kind = (scene.contour[None, :, None] == scene.dots[:, None] // length).any(axis=2).astype(int)
+    for dot in scene.dots.T:
+        end = dot // length * length + (length - 1 - dot % length)  # the other end of its contour
+        kind[rows, end] = np.where((scene.dots == end[:, None]).any(axis=1), 1, 2)
+    there = torch.cat([paint(scene, pixels, kind == number) > 0.5 for number in range(3)], dim=1)
+    number = there.to(torch.int8).argmax(dim=1, keepdim=True)
+    return torch.where(there.sum(dim=1, keepdim=True) == 1, number, -1).to(torch.int8)
 
 
 def draw_scenes(length: int, count: int, random: np.random.Generator) -> Scene:
@@ -164,13 +170,13 @@ def _walk(others: np.ndarray, length: int, random: np.random.Generator) -> tuple
     return np.where(whole[:, None, None], walk, 9.0), angle
 
 
-def paint(scene: Scene, pixels: int, contours: np.ndarray | None = None) -> Tensor:
+def paint(scene: Scene, pixels: int, dashes: np.ndarray | None = None) -> Tensor:
     """Dashes and dots, with soft edges a pixel wide.
 
     Args:
         scene: what is painted.
         pixels: height and width.
-        contours: (N, C) bool: of which contours the dashes are painted, and no dots; None: everything.
+        dashes: (N, D) bool: which of them are painted, and no dots; None: everything.
 
     Returns:
         (N, 1, pixels, pixels) in [0, 1].
@@ -178,7 +184,7 @@ def paint(scene: Scene, pixels: int, contours: np.ndarray | None = None) -> Tens
     image = torch.zeros(len(scene.dots), pixels * pixels)
     centre, angle = as_float(scene.centre), as_float(scene.angle)
     way = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    shown = None if contours is None else torch.from_numpy(contours[:, scene.contour])
+    shown = None if dashes is None else torch.from_numpy(dashes)
     window = _window(_DASH / 2 + _THICK, pixels)
     for dash in range(centre.shape[1]):
         place, dx, dy = _around(centre[:, dash], window, pixels)
