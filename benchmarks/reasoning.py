@@ -47,7 +47,7 @@ TRACED: dict[str, Any] = {
     "grown": 0.35,
     "traced": 1.0,
     "batch_size": 32,
-    "updates": 4500,
+    "updates": 3000,
     "lr": 4e-3,
 }
 """Contours of up to 6 dashes, told which have a dot: so tracing is learnt, and longer ones are read, too."""
@@ -65,7 +65,11 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
     ),
     "twnn_pathfinder/traced": (
         "twnn_pathfinder",
-        {**TRACED, "graded": (14, 18), "model_kwargs": {"width": 12, "stem_width": 12, "reach": 1}},
+        {
+            **TRACED,
+            "graded": (14, 18),
+            "model_kwargs": {"width": 12, "stem_width": 12, "reach": 1, "readout": True},
+        },
         LONG,
     ),
     "ff_pathfinder/traced": ("ff_pathfinder", {**TRACED, "model_kwargs": {"width": 9, "depth": 3}}, LONG),
