@@ -108,6 +108,19 @@ def test_a_latching_cell_never_lets_go_and_always_ends():
     assert torch.equal(z, before)
 
 
+def test_a_readout_is_between_state_and_pooling():
+    model = timm.create_model("twnn_pathfinder", readout=True).eval()
+    plain = timm.create_model("twnn_pathfinder").eval()
+    missing, more = plain.load_state_dict(model.state_dict(), strict=False)
+    assert not missing and set(more) == {"readout.weight", "readout.bias"}
+    images = torch.rand(2, 1, 32, 32)
+    state = model.forward_features(images)
+    torch.testing.assert_close(state, plain.forward_features(images))
+    seen = torch.relu(model.readout(state)).amax(dim=(2, 3))
+    torch.testing.assert_close(model.forward_head(state, pre_logits=True), seen)
+    torch.testing.assert_close(model(images), model.fc(seen))
+
+
 def test_patches_cover_every_pixel_that_matters():
     patches = Patches(3)
     image = mazes(9, 2).inputs

@@ -179,11 +179,12 @@ def _unrolled(
         bounds = (max(1, round(share * bounds[0])), max(1, round(share * bounds[1])))
     x = model.inject(batch.inputs)
     z = _run(model, model.blank(x), x, _draw(random, bounds), recipe.drop)
-    loss = batches.loss(model.read(z, x), batch.targets)
-    if tracer is not None:
-        assert batch.marks is not None
-        loss = loss + tracer(z, batch.marks)
-    return loss
+    if tracer is None:
+        return batches.loss(model.read(z, x), batch.targets)
+    assert batch.marks is not None
+    # What is read off a state that is not traced yet is noise, which through a maximum over positions
+    # undoes what the tracer teaches: the state is the tracer's.
+    return batches.loss(model.read(z.detach(), x.detach()), batch.targets) + tracer(z, batch.marks)
 
 
 def _progressive(recipe: Recipe, model: Iterated, batch: Examples, random: np.random.Generator) -> Tensor:
