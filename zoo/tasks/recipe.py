@@ -52,8 +52,8 @@ class Recipe:
             0: by schedule.
         grown: share of the updates from which on ``size`` itself is trained on, by schedule.
         traced: weight of a second loss: a 1x1 convolution, thrown away afterwards, is to tell at each
-            position of the last state or feature map what its mark is (pathfinder). With ``"unrolled"`` it alone
-            teaches the state, and the classifier learns to read that.
+            position of the last state or feature map what its mark is (pathfinder). With ``"unrolled"`` it
+            alone teaches the state, and the classifier learns to read that.
         pixels: height and width of the images (pathfinder); None: the task's own.
         select: updates between looks at validation examples of the same size; the weights that were right
             most often, the latest of equals, are the result. 0: the last ones are.
