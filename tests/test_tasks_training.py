@@ -148,6 +148,11 @@ def test_pathfinder_recipes_run(model):
     more = twice.losses[0] - told.losses[0]
     assert told.losses[0] - trained.losses[0] == pytest.approx(more, rel=1e-4)
     assert told.model.state_dict().keys() == trained.model.state_dict().keys()
+    here = find_task("pathfinder").draw(4, 8, 0, "train")
+    plain = recipe_for(model, **{**changes, "easier": (), "passed": 0.0, "updates": 1, "traced": 1.0})
+    assert len(train_task(plain, data=here).losses) == 1
+    with pytest.raises(ConfigError, match="have no marks"):
+        train_task(plain, data=replace(here, marks=None))
     with pytest.raises(ConfigError, match="leave easier out"):
         train_task(recipe_for(model, **changes), data=find_task("pathfinder").draw(4, 32, 0, "train"))
 

@@ -34,7 +34,8 @@ class Batches:
         device: where they go.
 
     Raises:
-        ConfigError: the recipe asks for several sizes, and the examples at hand are of one.
+        ConfigError: the recipe asks for several sizes, and the examples at hand are of one; or for marks, and
+            they have none.
     """
 
     def __init__(self, recipe: Recipe, task: Task, data: Examples | None, device: torch.device):
@@ -71,6 +72,8 @@ class Batches:
 def _source(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examples]:
     if data is not None and recipe.easier:
         raise ConfigError("Examples at hand are of one size: leave easier out, or draw them (no data).")
+    if data is not None and recipe.traced and data.marks is None:
+        raise ConfigError("The examples at hand have no marks: leave traced out, or draw them (no data).")
     if data is not None:
         return passes(data, recipe.batch_size, recipe.seed)
     if recipe.easier:
