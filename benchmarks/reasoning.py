@@ -47,7 +47,7 @@ TRACED: dict[str, Any] = {
     "grown": 0.35,
     "traced": 1.0,
     "batch_size": 32,
-    "updates": 3000,
+    "updates": 5000,
     "lr": 4e-3,
 }
 """Contours of up to 6 dashes, told which have a dot: so tracing is learnt, and longer ones are read, too."""
@@ -68,14 +68,14 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
         {
             **TRACED,
             "graded": (14, 18),
-            "model_kwargs": {"width": 12, "stem_width": 12, "reach": 1, "readout": True},
+            "model_kwargs": {"width": 16, "stem_width": 16, "reach": 1, "readout": True},
         },
         LONG,
     ),
-    "ff_pathfinder/traced": ("ff_pathfinder", {**TRACED, "model_kwargs": {"width": 9, "depth": 3}}, LONG),
+    "ff_pathfinder/traced": ("ff_pathfinder", {**TRACED, "model_kwargs": {"width": 12, "depth": 3}}, LONG),
     "ff_pathfinder/traced, halved twice": (
         "ff_pathfinder",
-        {**TRACED, "model_kwargs": {"width": 8, "depth": 3, "downsample": 2}},
+        {**TRACED, "model_kwargs": {"width": 11, "depth": 3, "downsample": 2}},
         LONG,
     ),
 }
