@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,16 +18,28 @@ from ..trees import leaves, rebuild
 __all__ = ["Capture", "Closed", "announce", "close", "substituted", "unwatched"]
 
 _OPAQUE = (
-    "This derivative needs f as a function of every tensor it uses, and {what}: part of it is code "
-    "that torch functions do not see, such as a custom torch.autograd.Function or a scripted module. Write "
-    "that part with torch functions, or use adjoint='unrolled'."
+    "This derivative needs f as a function of every tensor it uses, and {what}. Part of it may be code that "
+    "torch functions do not see, such as a custom torch.autograd.Function or a scripted module: write that part "
+    "with torch functions, or use adjoint='unrolled'."
 )
+
+
+class _Threads(threading.local):
+    """The modes that are entered, innermost last; like torch's own, each thread has its own."""
+
+    def __init__(self) -> None:
+        self.active: list[_Watch] = []
+
+
+_threads = _Threads()
+
+
+def _active() -> list[_Watch]:
+    return _threads.active
 
 
 class _Watch(TorchFunctionMode):
     """Knows, of every tensor, whether it was made since the mode was entered."""
-
-    active: list[_Watch] = []  # noqa: RUF012 - innermost last
 
     def __init__(self, given: Iterable[Tensor]):
         super().__init__()
@@ -39,11 +52,11 @@ class _Watch(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         announce(*self.given)
-        _Watch.active.append(self)
+        _active().append(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _Watch.active.remove(self)
+        _active().remove(self)
         super().__exit__(*error)
 
     def make(self, tensor: Tensor) -> None:
@@ -125,7 +138,11 @@ class _Substitute(_Watch):
         if other is not None:
             return other
         if not self.knows(leaf) and id(leaf) not in self.constants:
-            raise MapError(_OPAQUE.format(what="f uses another tensor now than when it was first evaluated"))
+            raise MapError(
+                _OPAQUE.format(
+                    what="f uses another tensor now than when it was first evaluated (was one replaced?)"
+                )
+            )
         return leaf
 
     def __torch_function__(
@@ -140,7 +157,7 @@ class _Substitute(_Watch):
 
 def announce(*tensors: Tensor) -> None:
     """Tell the watching modes of tensors that were made where they cannot see it."""
-    for watch in _Watch.active:
+    for watch in _active():
         for tensor in tensors:
             watch.make(tensor)
 
@@ -148,7 +165,7 @@ def announce(*tensors: Tensor) -> None:
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
     """Where everything is explicit, and what is made need not be followed."""
-    awake = [watch for watch in _Watch.active if not watch.asleep]
+    awake = [watch for watch in _active() if not watch.asleep]
     for watch in awake:
         watch.asleep = True
     try:
@@ -160,7 +177,7 @@ def unwatched() -> Iterator[None]:
 
 def substituted(tensor: Tensor) -> Tensor:
     """What stands for ``tensor`` inside the functions that are being evaluated now."""
-    for watch in reversed(_Watch.active):
+    for watch in reversed(_active()):
         if isinstance(watch, _Substitute) and not watch.asleep:
             tensor = watch.places.get(id(tensor), tensor)
     return tensor
@@ -171,12 +188,18 @@ class Closed:
 
     Attributes:
         captured: the tensors it closed over, in the order of its last arguments.
+        value: what it gave when it was closed, without a graph.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], captured: Sequence[Tensor], constants: Sequence[Tensor]
+        self,
+        function: Callable[..., Tensor],
+        captured: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        value: Tensor,
     ):
         self.function = function
+        self.value = value
         self.captured = tuple(captured)
         self._constants = {id(tensor): tensor for tensor in constants}
 
@@ -217,4 +240,4 @@ def close(function: Callable[..., Tensor], arguments: Sequence[Tensor], every: b
         if key not in first.found and not first.knows(tensor):
             raise MapError(_OPAQUE.format(what="it uses a tensor that it did not use before"))
         (captured if every or tensor.requires_grad else constants).append(tensor)
-    return Closed(function, captured, constants)
+    return Closed(function, captured, constants, out)

@@ -13,6 +13,7 @@ from ..solvers import Outcome
 from ..types import AdjointReport, State
 from .base import Adjoint
 from .equation import Call
+from .held import Held
 from .unrolled import Unrolled
 
 __all__ = ["Checkpointed"]
@@ -31,7 +32,7 @@ class Checkpointed(Adjoint):
     def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
         if not torch.is_grad_enabled():
             return call.solve()
-        inner = call.f
+        inner = Held(call.f)  # the backward pass evaluates it again
 
         def recomputed(z: State, *context: Tensor) -> State:
             return checkpoint(inner, z, *context, use_reentrant=False)  # type: ignore[return-value]

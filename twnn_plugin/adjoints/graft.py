@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,6 +87,10 @@ class _Refuse(torch.autograd.Function):
         raise RuntimeError(f"Trying to differentiate twice through fix. {ctx.reason}")
 
 
+_SLACK = 4.0  # a residual this many times the tolerance is no matter of rounding
+_FLOOR = 64.0  # roundings in which the same row may differ between batches
+
+
 class Tape:
     """``f`` evaluated once with a graph at given states, for products with its Jacobian.
 
@@ -97,23 +101,19 @@ class Tape:
         attached: whether the graph reaches the context (for the last product) or the state alone.
 
     Attributes:
-        inputs: if attached, the context and then the tensors requiring a gradient that ``f`` closes over.
+        found: the tensors requiring a gradient that ``f`` closes over.
     """
 
     def __init__(self, call: Call, z: Tensor, rows: Tensor | None, attached: bool):
-        self.equation = call.equation(rows)
-        self.inputs: tuple[Tensor, ...] = ()
+        self.equation, self._call, self._changed = call.equation(rows), call, False
         if not attached:
             self.equation.context = tuple(c.detach() for c in self.equation.context)
         with torch.enable_grad():
             self.z = _Source.apply(z.detach().requires_grad_())
             assert isinstance(self.z, Tensor)
-            if attached:
-                with Capture((self.z, *self.equation.context)) as capture:
-                    self.fz = self.equation.evaluate(self.z)
-                self.inputs = (*self.equation.context, *capture.found.values())
-            else:
+            with Capture((self.z, *self.equation.context)) as capture:
                 self.fz = self.equation.evaluate(self.z)
+            self.found = tuple(capture.found.values())
         call.evaluations += self.equation.evaluations
 
     def pull(self, u: Tensor) -> Tensor:
@@ -124,9 +124,55 @@ class Tape:
         )
         return product
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Everything that the value depends on: the context, then what ``f`` closes over."""
+        return (*self.equation.context, *self.found)
+
+    def of_rows(self, places: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """:meth:`pull` for some of the rows, by an evaluation of them alone.
+
+        Where ``f`` gives other values by now than it gave then, by the products of all rows: these are the
+        ones of ``f`` as it was.
+
+        Args:
+            places: (b,) of the rows in this tape.
+            rows: (b,) of the rows in the batch.
+        """
+        assert isinstance(self.z, Tensor)
+        if not self._changed:
+            some = Tape(self._call, self.z.detach()[places], rows, attached=False)
+            if self._agrees(some, places):
+                return some.pull
+            self._changed = True
+        shape = self.z.shape
+        return lambda u: self.pull(u.new_zeros(shape).index_copy(0, places, u))[places]
+
+    def _agrees(self, some: Tape, places: Tensor) -> bool:
+        """Whether an evaluation of some of the rows is one of the same function."""
+        known = {id(tensor) for tensor in self.inputs}
+        others = {id(tensor) for tensor in some.found if tensor.is_leaf} - known
+        if others and not others <= {id(leaf) for leaf in self._leaves()}:
+            return False
+        return self.gives(some.fz, places)
+
+    @torch.no_grad()
+    def gives(self, values: Tensor, places: Tensor | None = None) -> bool:
+        """Whether (b, D) values are this tape's to rounding, those of some of its rows or of all."""
+        mine = self.fz.detach() if places is None else self.fz.detach()[places]
+        apart = torch.linalg.vector_norm(values.detach() - mine, dim=1)
+        bound = _FLOOR * self._call.rounding() * torch.linalg.vector_norm(mine, dim=1)
+        return bool((apart <= bound).all())
+
     def reaches_a_leaf(self) -> bool:
         """Whether the value depends on anything, besides the state, that wants a gradient."""
+        return next(self._leaves(), None) is not None
+
+    def _leaves(self) -> Iterator[Tensor]:
+        """The tensors, besides the state, that the graph begins with and whose gradients are accumulated."""
         assert isinstance(self.z, Tensor)
+        if self.fz.requires_grad and self.fz.grad_fn is None:  # f returns what it closes over, as it is
+            yield self.fz
         seen, stack = {self.z.grad_fn}, [self.fz.grad_fn]
         while stack:
             node = stack.pop()
@@ -134,9 +180,8 @@ class Tape:
                 continue
             seen.add(node)
             if node.name().endswith("AccumulateGrad"):
-                return True
+                yield node.variable  # type: ignore[attr-defined]
             stack.extend(parent for parent, _ in node.next_functions)
-        return False
 
 
 Pull = Callable[[Tape, Tensor, Tensor | None], Tensor]
@@ -183,10 +228,6 @@ def attach(
     assert isinstance(value, Tensor)
     announce(value)
     return value
-
-
-_SLACK = 4.0  # a residual this many times the tolerance is no matter of rounding
-_FLOOR = 64.0  # roundings in which the same row may differ between batches
 
 
 @torch.no_grad()

@@ -17,16 +17,22 @@ from ..solvers.anderson import Anderson
 from ..solvers.base import is_number
 from ..solvers.linear import LinearSolver
 from ..types import AdjointReport, Status
+from . import transforms
 from .base import Adjoint
 from .capture import announce, close, substituted
 from .equation import Call, Equation
 from .graft import Tape, graft
+from .held import Held
 from .linear import LinearSettings, Products, in_units, named, solve_linear, spread, units_of
 from .maps import Primal
 from .operator import Method, apply, pull_back
 
 __all__ = ["Implicit"]
 
+_CHANGED = (
+    "f is not what it was in the forward pass: it uses other tensors or gives other values. Let it stay the "
+    "same until the last backward pass; what changes belongs into the context."
+)
 _DEFAULT = Anderson(start=1)  # acceleration pays from the start where the map is linear
 
 
@@ -98,10 +104,14 @@ class Implicit(Adjoint):
             method = self._method(call, settings, reports)
             return _differentiable(call, method, autocast, tape, g, z, inputs)
 
-        return graft(call, outcome, pull, again)
+        grafted = graft(call, outcome, pull, again)
+        if grafted.value.requires_grad:
+            call.f = Held(call.f)  # the backward pass evaluates it again
+        return grafted
 
     def run_transformed(self, call: Call, reports: list[AdjointReport]) -> Outcome:
         method = self._method(call, self._settings(call), reports)
+        call.f = Held(call.f)
         context = tuple(substituted(c) for c in call.context)
         closed = close(call.equation().map, (call.z0, *context), every=True)
         captured = tuple(substituted(c) for c in closed.captured)
@@ -142,13 +152,14 @@ class Implicit(Adjoint):
         reports: list[AdjointReport],
     ) -> Tensor:
         present = torch.arange(z.shape[0], device=z.device) if rows is None else rows
+        places = present if rows is None else torch.arange(rows.numel(), device=z.device)
         units = units_of(z if rows is None else z[rows], call.layout.sizes)
         kept = units
 
         def renew(keep: Tensor) -> Callable[[Tensor], Tensor]:
-            nonlocal present, kept
-            present, kept = present[keep], None if kept is None else kept[keep]
-            return in_units(Tape(call, z[present], present, attached=False).pull, kept)
+            nonlocal present, places, kept
+            present, places, kept = present[keep], places[keep], None if kept is None else kept[keep]
+            return in_units(tape.of_rows(places, present), kept)
 
         if units is not None:
             g = units * g
@@ -188,12 +199,15 @@ def _differentiable(
     inputs: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """The gradients of a tape's inputs as functions of them and of the solution z."""
+    tape.equation.f = call.f
     closed = close(tape.equation.map, (z, *tape.equation.context), every=False)
+    if not transforms.active() and not tape.gives(closed.value):
+        raise MapError(_CHANGED)
     count = len(tape.equation.context)
     # By place, not by identity: one tensor may be context twice.
     place = {id(tensor): i for i, tensor in enumerate(tape.inputs) if i >= count}
     if any(id(tensor) not in place for tensor in closed.captured):
-        raise MapError("f uses other tensors now than in the forward pass.")
+        raise MapError(_CHANGED)
     places = [*range(count), *(place[id(tensor)] for tensor in closed.captured)]
     arguments = [inputs[i] for i in places]
     per_row = (True,) * count + (False,) * len(closed.captured)

@@ -16,6 +16,7 @@ from ..types import Status
 
 __all__ = ["LinearSettings", "Products", "in_units", "known", "named", "solve_linear", "spread", "units_of"]
 
+_MARGIN = 1e3  # between what is squared and the ends of a dtype's range
 _ULPS = 4  # a tolerance below this many roundings cannot be met
 
 
@@ -136,15 +137,28 @@ def solve_linear(problem: Products, settings: LinearSettings, guess: Tensor | No
     """
     g = problem.g
     scale = torch.linalg.vector_norm(g, dim=1)
-    control = Control(
-        tol=max(settings.tol, _ULPS * torch.finfo(g.dtype).eps),
-        max_iter=settings.max_iter,
-        scale=scale,
-        coupled=settings.coupled,
-    )
+    tol = max(settings.tol, _ULPS * torch.finfo(g.dtype).eps)
+    unit = _unit(g, scale, tol)
+    if unit is not None:  # the equation is linear: what cannot be squared is solved for in other units
+        problem.g = g / unit
+        solved = solve_linear(problem, settings, None if guess is None else guess / unit)
+        return replace(solved, value=solved.value * unit)
+    control = Control(tol=tol, max_iter=settings.max_iter, scale=scale, coupled=settings.coupled)
     if guess is not None and control.max_iter > 1:
         return _from_guess(problem, settings, control, guess)
     return _checked(_solve(settings.solver, problem, g, control), g)
+
+
+def _unit(g: Tensor, scale: Tensor, tol: float) -> Tensor | None:
+    """(b, 1) powers of two near the largest entries, where squares of some row's would leave the range."""
+    limits = torch.finfo(g.dtype)
+    if bool(((scale > _MARGIN * limits.tiny**0.5 / tol) & (scale < limits.max**0.5 / _MARGIN**2)).all()):
+        return None
+    largest = g.abs().amax(dim=1, keepdim=True) if g.shape[1] else g.new_zeros(g.shape[0], 1)
+    sound = torch.isfinite(largest) & (largest > 0)
+    exponent = torch.frexp(torch.where(sound, largest, 1.0)).exponent - 1
+    unit = torch.ldexp(torch.ones_like(largest), exponent)
+    return None if bool((unit == 1).all()) else unit
 
 
 def _solve(solver: Solver | LinearSolver, problem: Products, g: Tensor, control: Control) -> Outcome:

@@ -164,17 +164,17 @@ class Joint(Map):
 
     Args:
         base: the primal map.
-        width: of its state, D.
+        sizes: widths of the parts of its state that must each settle.
         moving: positions of the inputs that have tangents.
     """
 
-    def __init__(self, base: Map, width: int, moving: Sequence[int]):
+    def __init__(self, base: Map, sizes: Sequence[int], moving: Sequence[int]):
         self.base = base
-        self.width = width
+        self.sizes, self.width = tuple(sizes), sum(sizes)
         self.moving = tuple(moving)
         self.per_row = (*base.per_row, *(base.per_row[i] for i in self.moving))
         self.can_leave = base.can_leave
-        self.parts = (width, width)
+        self.parts = (*self.sizes, *self.sizes)
 
     def __call__(self, z: Tensor, *inputs: Tensor) -> Tensor:
         primal, tangent = z.split(self.width, dim=1)
@@ -197,7 +197,7 @@ class Joint(Map):
         return differs
 
     def stack(self, count: int, mapped: Sequence[bool]) -> Map:
-        return Joint(self.base.stack(count, mapped[: len(self.base.per_row)]), self.width, self.moving)
+        return Joint(self.base.stack(count, mapped[: len(self.base.per_row)]), self.sizes, self.moving)
 
 
 def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:

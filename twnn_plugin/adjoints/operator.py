@@ -80,6 +80,12 @@ class Method:
         self._report(outcome, problem.evaluations)
         return outcome if units is None else replace(outcome, value=outcome.value / units)
 
+    def parts_of(self, h: Map, width: int) -> tuple[int, ...]:
+        """Widths of the parts of a map's state that must each settle."""
+        if h.parts:
+            return h.parts
+        return self.sizes if sum(self.sizes) == width and self.control.stop == "rel" else (width,)
+
     def _units(self, h: Linear, inputs: Sequence[Tensor]) -> Tensor | None:
         """Of the equation's unknown: inverse to the state's for a cotangent, the state's for a tangent."""
         if inputs[0].shape[1] != sum(self.sizes):
@@ -180,7 +186,8 @@ def _push_forward(h: Map, method: Method, saved: Sequence[Tensor], tangents: Seq
     chosen = [tangents[i] for i in moving]
     if method.joint and not isinstance(h, Linear):
         start = torch.cat([z0, torch.zeros_like(z0)], dim=1)
-        return apply(Joint(h, z0.shape[1], moving), method, start, *inputs, *chosen)[0][:, z0.shape[1] :]
+        joint = Joint(h, method.parts_of(h, z0.shape[1]), moving)
+        return apply(joint, method, start, *inputs, *chosen)[0][:, z0.shape[1] :]
     value, inputs, broken = _sound(h, value, status, inputs)
     with unwatched():
         r = torch.where(broken, 0.0, push_inputs(h, value, inputs, moving, chosen))

@@ -98,6 +98,9 @@ class RerunGroup(AttachedGroup):
             if callable(getattr(model, method, None)):
                 setattr(model, method, Entrance(self, method))
 
+    def reached(self) -> Sequence[nn.Module]:
+        return (self.program.model[0],)
+
     def inside(self) -> list[nn.Module]:
         found = self.program.plan
         return list(dict.fromkeys(self.program.called[found.first : found.last]))

@@ -77,6 +77,10 @@ class AttachedGroup(ABC):
         """
         return self.how is None and not watched.active and at_rest(self.parts, outs)
 
+    def reached(self) -> Sequence[nn.Module]:
+        """What the group's map uses; see :class:`~twnn_plugin.adjoints.held.Held`."""
+        return self.program.modules()
+
     @abstractmethod
     def inside(self) -> list[nn.Module]:
         """The modules of the group whose output goes to other modules of the group, each once."""

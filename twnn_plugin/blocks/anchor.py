@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adjoints import transforms
+
 __all__ = ["anchored"]
 
 
@@ -28,7 +30,10 @@ class _Anchor(torch.autograd.Function):
 def anchored(value: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """``value``, through which each of ``parameters`` that learns gets a gradient, if only of zeros.
 
-    DistributedDataParallel waits for every parameter's gradient in every step, whoever was iterated.
+    DistributedDataParallel waits for every parameter's gradient in every step, whoever was iterated. The
+    transforms of ``torch.func`` give zeros of their own.
     """
+    if transforms.active():
+        return value
     learning = [p for p in parameters if p.requires_grad]
     return _Anchor.apply(value, *learning) if learning else value  # type: ignore[return-value]

@@ -160,6 +160,10 @@ class _Solve(Alike):
             return self._anchored(self._settle_all(opened))
         return self._settle_opened(opened)
 
+    def reached(self) -> tuple[Any, ...]:
+        """What the equation's map uses; see :class:`~twnn_plugin.adjoints.held.Held`."""
+        return (*self.parts, self.replay)
+
     def likeness(self) -> Any:
         return self.parts, self.sizes, self.replay, self.frozen
 
@@ -358,7 +362,7 @@ class _Solve(Alike):
                 reports=solution.reports if solution is not None else [],
                 group=None if first else self.parts[0].span,
                 mode=part.mode,
-                solved=rows,
+                solved=status.new_zeros(0) if solution is None else rows,
             )
             part.solved(self.training)
 

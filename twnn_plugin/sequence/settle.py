@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..fixed_point import run
 from ..types import Solution
@@ -90,6 +90,10 @@ class Group:
         self.first = min(span.spec.target for span in spans)
         self.last = max(span.spec.source for span in spans)
         self.sources = sorted({span.spec.source for span in spans})
+
+    def reached(self) -> tuple[nn.Module, ...]:
+        """What the equation's map uses; see :class:`~twnn_plugin.adjoints.held.Held`."""
+        return (*self.spans, *self.layers)
 
     def multiply_adds(self, length: int) -> int:
         """Multiply-adds of one evaluation for one sequence."""
