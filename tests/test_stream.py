@@ -115,6 +115,26 @@ def test_closed_samples_take_part_in_nothing():
     assert outputs.report.shared > 1
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0), (1, 1)])
+def test_reports_of_batches_with_and_without_open_samples_join(order):
+    model = timm.create_model("twnn_resnet8_cifar", num_classes=5, scale=1.0)
+    x = images(8, 32)
+    tw.calibrate(model, [x], budget=0.5)
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    opened = tw.report(model)[0].open
+    batches = [[x[opened][:2], x[~opened][:2]][k] for k in order]
+    stream = tw.stream(model, batches, 4)
+    list(stream)
+    (record,) = stream.report.spans
+    assert record.open.tolist() == [k == 0 for k in order for _ in range(2)]
+    # Those that were open are those that were solved for, by their places in the stream.
+    assert torch.arange(4)[slice(None) if record.solved is None else record.solved].tolist() == [
+        place for place, open_ in enumerate(record.open.tolist()) if open_
+    ]
+
+
 def test_a_closed_head_answers_for_the_same_samples():
     model = resnet(wormholes=["layer1->layer1", "layer3->layer2"], policy="gate", closed_head=True)
     with torch.no_grad():

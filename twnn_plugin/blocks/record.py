@@ -99,6 +99,7 @@ class Rest(NamedTuple):
             evaluations=0,
             group=self.group,
             mode=self.mode,
+            solved=status.new_zeros(0),
         )
 
 

@@ -71,11 +71,25 @@ def joined(records: Sequence[SpanRecord]) -> SpanRecord:
     columns: dict[str, Any] = {}
     for entry in fields(SpanRecord):
         values = [getattr(record, entry.name) for record in records]
-        if isinstance(values[0], Tensor):
+        if isinstance(values[0], Tensor) and entry.name != "solved":
             columns[entry.name] = torch.cat(values)
+    columns["solved"] = _solved(records)
     evaluations = sum(record.evaluations for record in records)
     counted = next((r for r in records if r.evaluations and r.multiply_adds), None)
     each = counted.multiply_adds // counted.evaluations if counted is not None else 0
     return replace(
         records[0], **columns, evaluations=evaluations, multiply_adds=evaluations * each, reports=[]
     )
+
+
+def _solved(records: Sequence[SpanRecord]) -> Tensor | None:
+    """The places of the rows that were handed to a solve, counted from the first batch's first row."""
+    if all(record.solved is None for record in records):
+        return None
+    places, before = [], 0
+    for record in records:
+        rows = record.gate.shape[0]
+        own = torch.arange(rows, device=record.gate.device) if record.solved is None else record.solved
+        places.append(own + before)
+        before += rows
+    return torch.cat(places)
