@@ -488,3 +488,18 @@ def test_a_failed_pass_leaves_no_trace():
             twnn(x)
         handle.remove()
         assert torch.equal(twnn(x), expected)
+
+
+def test_a_checkpoint_has_all_wormholes_or_none():
+    torch.manual_seed(0)
+    one = timm.create_model("twnn_resnet10t", num_classes=5, wormholes="layer4->layer3")
+    both = timm.create_model("twnn_resnet10t", num_classes=5, wormholes=["layer4->layer3", "layer2->layer2"])
+    with pytest.raises(RuntimeError, match=r"Missing key.*wormholes\.1\."):
+        both.load_state_dict(one.state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*wormholes\.1\."):
+        one.load_state_dict(both.state_dict())
+    plain = timm.create_model("resnet10t", num_classes=5)
+    before = {name: value.clone() for name, value in both.wormholes.state_dict().items()}
+    both.load_state_dict(plain.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in both.wormholes.state_dict().items())
+    assert torch.equal(both.layer4[0].conv1.weight, plain.layer4[0].conv1.weight)

@@ -406,3 +406,10 @@ def test_a_stream_that_a_stage_only_passes_on_is_no_way_back():
     model = timm.create_model("coat_tiny", num_classes=2, img_size=64)
     with pytest.raises(tw.AttachError, match=r"not used on the way.*The nearest span that works"):
         tw.attach(model, "parallel_blocks->parallel_blocks", example=images(64, batch=2))
+
+
+def test_a_rerun_behind_a_replay_is_refused_when_it_is_attached():
+    model = timm.create_model("convit_tiny", num_classes=5, img_size=32)
+    with pytest.raises(tw.AttachError, match=r"'blocks.10->blocks.9' needs .* 'blocks.2->blocks.1' would be"):
+        tw.attach(model, wormholes=["blocks.10->blocks.9", "blocks.2->blocks.1"])
+    assert tw.spans(tw.attach(model, wormholes="blocks.10->blocks.9"))[0].mode == "rerun"

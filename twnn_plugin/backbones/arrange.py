@@ -257,3 +257,11 @@ def _one_rerun(specs: Sequence[SpanSpec], groups: Sequence[Grouping]) -> None:
             f"Wormholes {first!r} and {second!r} both need the model's forward to be run again, which only "
             "one group of wormholes of a model can have. Let them overlap, or leave one out."
         )
+    for late in rerun_groups:
+        early = next((group for group in groups if group.plan.last < late.plan.first), None)
+        if early is not None:
+            before, behind = (str(specs[group.members[0]]) for group in (early, late))
+            raise AttachError(
+                f"Wormhole {behind!r} needs the model's forward to be run again, from its beginning, where "
+                f"{before!r} would be settled anew in each run. Let them overlap, or leave one out."
+            )

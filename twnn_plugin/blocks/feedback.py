@@ -23,7 +23,7 @@ from .record import Rest, SpanRecord
 from .settings import SolveSettings
 from .settle import at_rest, settle
 
-__all__ = ["Feedback", "Replay"]
+__all__ = ["Feedback", "Replay", "fill_missing"]
 
 Replay = Callable[..., Tensor]
 """``replay(entry, *constants) -> output``: the span applied to rows of inputs."""
@@ -85,7 +85,8 @@ class Feedback(nn.Module):
         self._latest = _Latest()
         self.shapes: tuple[Any, ...] | None = None  # of the last forward pass, for counting
         self.pending: Pending | None = None
-        self.register_load_state_dict_pre_hook(_fill_missing)
+        self.alone = True  # not one of several, which a checkpoint has together or not at all
+        self.register_load_state_dict_pre_hook(_fill_own)
 
     def forward(self, value: Any) -> Any:
         """Identity: containers that run all their children in order are not disturbed."""
@@ -244,8 +245,13 @@ class _Latest:
     record: SpanRecord | Rest | None = None
 
 
-def _fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Let a plain backbone's checkpoint load strictly: a wormhole it knows nothing of stays as it is."""
+def _fill_own(module: Feedback, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    if module.alone:
+        fill_missing(module, state, prefix)
+
+
+def fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Let a plain backbone's checkpoint load strictly: wormholes it knows nothing of stay as they are."""
     if any(key.startswith(prefix) for key in state):
         return
     for name, value in module.state_dict().items():
