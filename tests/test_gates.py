@@ -7,6 +7,7 @@ import math
 import pickle
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -157,9 +158,51 @@ def test_threshold_and_temperature_can_be_changed_after_training(name):
         ({"dual_bound": -1.0}, "dual_bound"),
         ({"l0": -1.0}, "l0"),
         ({"tmperature": 1.0}, "Did you mean 'temperature'"),
+        ({"hidden": "a"}, "hidden must be a whole number"),
+        ({"hidden": 0}, "hidden must be a whole number"),
+        ({"bias": "a"}, "bias is its initial score"),
+        ({"bias": float("nan")}, "bias is its initial score"),
+        ({"momentum": "a"}, "momentum"),
+        ({"l0": "a"}, "l0"),
+        ({"outputs": 7}, "Leave outputs out"),
+        ({"per": "channel", "outputs": 0}, "outputs must be a whole number"),
     ],
 )
 def test_bad_options(options, message):
     for name in LEARNED:
         with pytest.raises(tw.OptionError, match=message):
             tw.gate(name, channels=8, **options)
+
+
+@pytest.mark.parametrize("channels", [0, 2.0, "a", True])
+def test_channels_that_are_none(channels):
+    with pytest.raises(tw.OptionError, match="channels must be a whole number"):
+        tw.gate("sigmoid", channels=channels)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (tw.gate("sigmoid", channels=3), "made for states of 3 channels, and the wormhole's source has 6"),
+        (tw.gate("sigmoid", channels=6, per="channel"), "messages of 6 channels, and the wormhole's has 4"),
+        (("sigmoid", {"per": "channel", "outputs": 7}), "messages of 7 channels, and the wormhole's has 4"),
+        (3, "gate is a registered name"),
+        (("sigmoid", 3), "gate is a registered name"),
+    ],
+)
+def test_a_gate_that_does_not_fit_is_refused_when_the_wormhole_is_built(gate, message):
+    with pytest.raises(tw.OptionError, match=message):
+        Wormhole(nn.Linear(4, 6), torch.randn(2, 4), gate=gate)
+
+
+def test_a_gate_of_another_size_and_one_for_several_wormholes_are_refused_by_attach():
+    def attached(wormholes, gate):
+        model = timm.create_model("resnet10t", num_classes=5)
+        return tw.attach(model, wormholes, gate=gate)
+
+    with pytest.raises(tw.OptionError, match="made for states of 3 channels"):
+        attached("layer4->layer3", tw.gate("sigmoid", channels=3))
+    gate = tw.gate("sigmoid", channels=512)
+    with pytest.raises(tw.OptionError, match="one SigmoidGate, and there"):
+        attached(["layer4->layer3", "layer4->layer4"], gate)
+    assert attached("layer4->layer3", gate).wormholes[0].feedback.gate is gate

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import gates
-from ..errors import MapError
-from ..gates import Gate
+from ..errors import MapError, OptionError
+from ..gates import Gate, LearnedGate
 from .aids import Aids
 from .count import multiply_adds
 from .feedback import Feedback
@@ -102,17 +102,49 @@ class Wormhole(nn.Module):
 
 
 def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Callable[[int, int], Gate]:
-    """A function of the numbers of channels of state and message that makes the gate."""
+    """A function of the numbers of channels of state and message that makes the gate of a wormhole.
+
+    Raises:
+        UnknownNameError: no such gate.
+        OptionError: that is no gate. From the function: an impossible option, a gate made for other channels,
+            or a gate, rather than the name of one, for a second wormhole.
+    """
+    gates.check_gate(gate)
     if isinstance(gate, Gate):
-        return lambda channels, outputs: gate
+        return _once(gate)
     name, options = (gate, {}) if isinstance(gate, str) else gate
     gates.registry.entry(name)  # an unknown name is said now, not in the middle of the construction
 
     def make(channels: int, outputs: int) -> Gate:
         each = {"outputs": outputs} if options.get("per") == "channel" else {}
-        return gates.registry.make(name, channels=channels, **{**each, **options})
+        return _fitting(
+            gates.registry.make(name, channels=channels, **{**each, **options}), channels, outputs
+        )
 
     return make
+
+
+def _once(gate: Gate) -> Callable[[int, int], Gate]:
+    """A factory that gives this gate to one wormhole: budget, threshold and penalty are one wormhole's."""
+    given: list[Gate] = []
+
+    def give(channels: int, outputs: int) -> Gate:
+        if given:
+            raise OptionError(
+                f"gate is one {type(gate).__name__}, and there is more than one wormhole, each with a "
+                "threshold, a budget and a penalty of its own: give the name of a gate or (name, options), "
+                "such as ('sigmoid', {'budget': 0.3})."
+            )
+        given.append(gate)
+        return _fitting(gate, channels, outputs)
+
+    return give
+
+
+def _fitting(gate: Gate, channels: int, outputs: int) -> Gate:
+    if isinstance(gate, LearnedGate):
+        gate.check_fits(channels, outputs)
+    return gate
 
 
 def _probe(body: nn.Module, example: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from ..registry import Registry
 from .base import FollowsGate, Gate, GateOutput
 from .budget import Budget
 from .difficulty import watch_difficulty
+from .given import check_gate
 from .learned import LearnedGate
 
 registry: Registry[Gate] = Registry("gate", Gate)
@@ -21,6 +22,7 @@ __all__ = [
     "Gate",
     "GateOutput",
     "LearnedGate",
+    "check_gate",
     "entries",
     "get",
     "names",

@@ -57,7 +57,7 @@ class LearnedGate(Gate):
         dual_bound: largest modulus of the dual variable.
         per: ``"sample"``: one strength a sample; ``"channel"``: one for each channel of the message; a sample
             is open if any is.
-        outputs: channels of the message for ``per="channel"``; None: as many as features.
+        outputs: channels of the message, for ``per="channel"`` alone; None: as many as features.
         l0: weight of the expected share of open gates, the mean probability, in :meth:`penalty`.
 
     Raises:
@@ -87,16 +87,23 @@ class LearnedGate(Gate):
         choose("learn", learn, (None, "benefit", "difficulty"))
         choose("control", control, ("threshold", "dual"))
         choose("per", per, ("sample", "channel"))
-        if not dual_bound > 0 or not 0 < momentum <= 1 or not l0 >= 0:
+        _check_whole("channels", channels)
+        _check_whole("hidden", hidden)
+        _check_outputs(outputs, per)
+        if not _is_number(bias):
+            raise OptionError(f"A gate's bias is its initial score, a number; got {bias!r}.")
+        numbers = all(map(_is_number, (dual_bound, momentum, l0)))
+        if not numbers or not dual_bound > 0 or not 0 < momentum <= 1 or not l0 >= 0:
             raise OptionError(
                 "A gate's dual_bound is positive, its momentum in (0, 1], and l0 at least 0; got "
                 f"{dual_bound!r}, {momentum!r} and {l0!r}."
             )
+        self.channels, self.outputs = channels, outputs or channels
         self.temperature = self.usual_temperature if temperature is None else temperature
         self.budget, self.momentum, self.learn = budget, momentum, learn
         self.control, self.dual_bound, self.per, self.l0 = control, dual_bound, per, l0
         self.hidden = nn.Linear(channels, hidden)
-        self.score = nn.Linear(hidden, 1 if per == "sample" else outputs or channels)
+        self.score = nn.Linear(hidden, 1 if per == "sample" else self.outputs)
         nn.init.normal_(self.score.weight, std=0.02)
         nn.init.constant_(self.score.bias, bias)
         self.threshold: Tensor
@@ -144,6 +151,29 @@ class LearnedGate(Gate):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise OptionError(f"A gate's temperature must be a positive number; got {value!r}.")
         self._temperature = float(value)
+
+    def check_fits(self, channels: int, outputs: int) -> None:
+        """Refuse a wormhole that the gate was not made for.
+
+        Args:
+            channels: of the state that the gate looks at.
+            outputs: channels of the message.
+
+        Raises:
+            OptionError: the gate was made for others.
+        """
+        if self.channels != channels:
+            raise OptionError(
+                f"This {type(self).__name__} was made for states of {self.channels} channels, and the "
+                f"wormhole's source has {channels}: make it with channels={channels}, or give its name alone "
+                "or (name, options), of which a gate of the right size is made."
+            )
+        if self.per == "channel" and self.outputs != outputs:
+            raise OptionError(
+                f"This {type(self).__name__} was made for messages of {self.outputs} channels, and the "
+                f"wormhole's has {outputs}: make it with outputs={outputs}, or give its name with "
+                "{'per': 'channel'}, of which a gate of the right size is made."
+            )
 
     def wanted(self) -> float | None:
         """The share of samples, in [0, 1], that the budget allows to open; None without a budget."""
@@ -272,6 +302,26 @@ class _Seen:
 def largest(rows: Tensor) -> Tensor:
     """(B,) of (B,), or the largest of each row of (B, C)."""
     return rows if rows.dim() == 1 else rows.amax(dim=1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"A gate's {name} must be a whole number, at least 1; got {value!r}.")
+
+
+def _check_outputs(outputs: Any, per: str) -> None:
+    if outputs is None:
+        return
+    _check_whole("outputs", outputs)
+    if per != "channel":
+        raise OptionError(
+            f"A gate's outputs are the channels of the message with per='channel'; got outputs={outputs!r} "
+            f"with per={per!r}, where there is one strength a sample. Leave outputs out."
+        )
 
 
 def choose(name: str, value: Any, known: tuple[Any, ...]) -> None:

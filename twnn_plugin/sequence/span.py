@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..blocks import SolveSettings, SpanRecord
 from ..errors import OptionError
-from ..gates import Gate, watch_difficulty
+from ..gates import Budget, Gate, LearnedGate, watch_difficulty
 from ..policies import Policy
 from ..types import PolicyView, Solution, Status
 from .message import TokenMessage
 from .spec import TemporalSpec
 
-__all__ = ["SCOPES", "Choice", "TemporalSpan"]
+__all__ = ["SCOPES", "Choice", "TemporalSpan", "check_budget"]
 
 SCOPES = ("sequence", "step", "state")
 """What a gate looks at and decides for: a whole sequence, a time step, a sequence by its past."""
@@ -45,6 +45,20 @@ class Choice(NamedTuple):
         return self.opened.any(dim=1)
 
 
+class _Asked(NamedTuple):
+    """What the gate was asked once: in a pass over windows it is asked in each.
+
+    Attributes:
+        scores: (N,) of a learned gate, one a decision; else None.
+        opened: (N,) bool: the decisions for which the message enters.
+        penalty: the gate's own part of the loss; None: it has none.
+    """
+
+    scores: Tensor | None
+    opened: Tensor
+    penalty: Tensor | None
+
+
 class TemporalSpan(nn.Module):
     """A gated connection from a recurrent layer's outputs back to an earlier layer's inputs.
 
@@ -57,6 +71,9 @@ class TemporalSpan(nn.Module):
         settings: how the equation is solved.
         scope: one of :data:`SCOPES`.
         scale: initial scale of the message.
+
+    Raises:
+        OptionError: a gate for each channel, or a budget that the scope excludes.
     """
 
     def __init__(
@@ -76,16 +93,52 @@ class TemporalSpan(nn.Module):
         self.gate = gate(source, target)
         self.policy = policy
         self.settings = settings
+        self.check_gate()
         self.last: SpanRecord | None = None
         self._amounts: tuple[Tensor, Tensor, Tensor] | None = (
             None  # sums over steps: factor, probability, steps
         )
+        self._asked: list[_Asked] = []
         self.register_load_state_dict_pre_hook(_keep_own)
 
     @property
     def feedback(self) -> TemporalSpan:
         """Itself: what ``tw.configure`` changes."""
         return self
+
+    def check_gate(self) -> None:
+        """Raise :class:`OptionError` if the gate has an option that temporal wormholes cannot follow."""
+        gate = self.gate
+        if not isinstance(gate, LearnedGate):
+            return
+        if gate.per != "sample":
+            raise OptionError(
+                f"The gate of {self.span!r} has per={gate.per!r}, and a temporal wormhole takes one strength "
+                "a decision. Leave the gate's option per at 'sample'."
+            )
+        if gate.budget is not None:
+            check_budget(gate.budget, self.scope)
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """The penalty of its gate in the last pass in training; None: nothing.
+
+        Of several windows the mean, each with the weight of its decisions.
+        """
+        terms = [(a.penalty, a.opened.numel()) for a in self._asked if a.penalty is not None]
+        if not terms or not self.training:
+            return None
+        whole = max(sum(count for _, count in terms), 1)
+        weighted = [penalty * (count / whole) for penalty, count in terms]
+        return sum(weighted[1:], weighted[0])
+
+    def decisions(self) -> tuple[Tensor, Tensor]:
+        """(N,) scores of a learned gate in the last pass, and (N,) bool, where the message entered.
+
+        One a decision, window after window; (0,) before the first pass, and scores of a gate that has none.
+        """
+        scores = [asked.scores for asked in self._asked if asked.scores is not None]
+        opened = [asked.opened for asked in self._asked] or [torch.empty(0, dtype=torch.bool)]
+        return torch.cat(scores) if scores else torch.empty(0), torch.cat(opened)
 
     def choose(self, out: Tensor, valid: Tensor, before: Tensor) -> Choice:
         """Ask the gate and the policy.
@@ -111,6 +164,8 @@ class TemporalSpan(nn.Module):
                 "wormhole takes one a decision. Leave the gate's option per at 'sample'."
             )
         opened = wanted & (opinion.strength.detach() > 0)
+        scores = self.gate.scores if isinstance(self.gate, LearnedGate) else None
+        self._asked.append(_Asked(scores, opened, self.gate.penalty()))
         amount = torch.where(opened, opinion.strength, 0.0)
         opened = self._spread(opened, valid, False)
         amount = self._spread(amount, valid, 0.0)
@@ -150,7 +205,7 @@ class TemporalSpan(nn.Module):
 
     def begin(self) -> None:
         """Forget the last forward pass."""
-        self.last, self._amounts = None, None
+        self.last, self._amounts, self._asked = None, None, []
 
     def note_explicit(self, choice: Choice, rows: Tensor, each: int) -> None:
         """Add a pass whose messages were known beforehand: one step for each of the sequences ``rows``.
@@ -208,6 +263,19 @@ class TemporalSpan(nn.Module):
             evaluations,
             work,
             reports=reports,
+        )
+
+    # Copies and pickles hold no activations.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_asked": []}
+
+
+def check_budget(budget: float | str, scope: str) -> None:
+    """Raise :class:`OptionError` unless ``budget`` is one that gates of this scope can keep."""
+    if Budget.parse(budget).kind != "share" and scope == "step":
+        raise OptionError(
+            f"budget={budget!r} counts work, and where one step is open a whole sequence is iterated: with "
+            "gate_over='step' give the share of steps."
         )
 
 

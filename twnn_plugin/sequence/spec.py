@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..errors import AttachError, UnknownNameError, nearest
+from ..errors import AttachError, OptionError, UnknownNameError, nearest
 
 __all__ = ["END", "TemporalSpec", "parse"]
 
@@ -49,8 +49,14 @@ def parse(wormholes: str | Sequence[str], layers: int) -> tuple[TemporalSpec, ..
 
     Raises:
         AttachError: not of that form, a wormhole that goes forward, or one named twice.
+        OptionError: neither a string nor a list.
         UnknownNameError: no such layer.
     """
+    if not isinstance(wormholes, Iterable):
+        raise OptionError(
+            f"wormholes takes a string such as {_EXAMPLES}, a list of them, or 'auto', and () for none; got "
+            f"{wormholes!r}."
+        )
     given = [wormholes] if isinstance(wormholes, str) else list(wormholes)
     if not all(isinstance(spec, str) for spec in given):
         raise AttachError(f"wormholes takes strings such as {_EXAMPLES}, or 'auto'; got {wormholes!r}.")

@@ -13,13 +13,12 @@ from .. import policies
 from ..blocks import SolveSettings, SpanRecord
 from ..blocks.wormhole import gate_factory
 from ..errors import AttachError, MapError, OptionError, nearest
-from ..gates import Gate, LearnedGate
-from ..gates.budget import Budget
+from ..gates import Gate, LearnedGate, check_gate
 from ..policies import Policy
 from .layer import CELLS, LayerState, RecurrentLayer
 from .message import valid_steps
 from .settle import Group, Pass, groups_of
-from .span import SCOPES, TemporalSpan
+from .span import SCOPES, TemporalSpan, check_budget
 from .spec import END, TemporalSpec, parse
 from .state import StackState, moved_on, state_before
 
@@ -44,7 +43,8 @@ class RecurrentStack(nn.Module):
         bidirectional: each layer reads from both ends.
         bias: whether layers have biases.
         wormholes: a spec, a list of them, or ``"auto"`` (last layer to first); () for none.
-        gate: registered name, ``(name, options)`` or a gate.
+        gate: registered name, ``(name, options)`` or, for a single wormhole, a gate; with ``control="dual"``
+            or ``l0`` add :meth:`auxiliary_loss` to the loss. One strength a decision, not ``per="channel"``.
         budget: for learned gates the wanted share of open decisions; or, unless these are steps, the mean
             multiply-adds relative to the plain stack, ``"1.5x"``, or the mean evaluations, ``"2 rows"``.
         policy: registered name or instance: who is iterated, one row a decision.
@@ -93,6 +93,8 @@ class RecurrentStack(nn.Module):
     ):
         super().__init__()
         _check(cell, num_layers, dropout, window, input_size, hidden_size)
+        _check_flags(bidirectional=bidirectional, bias=bias, causal=causal)
+        check_gate(gate)
         self.cell, self.hidden_size, self.input_size = cell, hidden_size, input_size
         self.dropout, self.bidirectional = float(dropout), bidirectional
         self.causal, self.window = causal, window
@@ -145,6 +147,11 @@ class RecurrentStack(nn.Module):
         return [span for span in self.wormholes if isinstance(span, TemporalSpan)]
 
     @property
+    def groups(self) -> list[tuple[TemporalSpan, ...]]:
+        """The wormholes that are solved together: most often each alone."""
+        return [group.spans for group in self._groups]
+
+    @property
     def output_size(self) -> int:
         """Features of a time step of the output."""
         return self._layers()[-1].outputs
@@ -184,6 +191,14 @@ class RecurrentStack(nn.Module):
         else:
             out, after = self._windows(x, before, masks, sizes, keep_state)
         return out, after if keep_state else None
+
+    def auxiliary_loss(self) -> Tensor:
+        """What the wormholes add to the loss of the last training pass, a scalar; zero if there is nothing.
+
+        The penalties of their gates: budgets kept by a dual variable, ``l0``.
+        """
+        found = [term for span in self.spans if (term := span.auxiliary_loss()) is not None]
+        return sum(found, next(self.parameters()).new_zeros(()))
 
     def records(self) -> list[SpanRecord]:
         """What happened at each wormhole in the last forward pass; ``tw.report`` prints it."""
@@ -314,6 +329,12 @@ def _check(cell: str, layers: int, dropout: float, window: int | None, *sizes: i
         )
 
 
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise OptionError(f"{name} is True or False; got {value!r}.")
+
+
 def _check_time(specs: Sequence[TemporalSpec], causal: bool, both: bool, window: int | None) -> None:
     wanted = "causal=True" if causal else "a window"
     if both and (causal or window is not None):
@@ -345,11 +366,7 @@ def _scope(gate_over: str | None, causal: bool) -> str:
 def _with_budget(gate: Any, budget: float | str | None, scope: str) -> Any:
     if budget is None:
         return gate
-    if scope == "step" and Budget.parse(budget).kind != "share":
-        raise OptionError(
-            f"budget={budget!r} counts work, and where one step is open a whole sequence is iterated: with "
-            "gate_over='step' give the share of steps."
-        )
+    check_budget(budget, scope)
     if isinstance(gate, Gate):
         raise OptionError("budget goes with a gate given by name; set gate.budget on the instance instead.")
     name, options = (gate, {}) if isinstance(gate, str) else gate

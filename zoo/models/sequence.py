@@ -82,6 +82,10 @@ class SequenceModel(nn.Module):
         out, _ = self.stack(self._embedded(x), lengths=lengths, keep_state=False)
         return self.head(self._read(out, lengths))
 
+    def auxiliary_loss(self) -> Tensor:
+        """What the wormholes add to the loss of the last training pass, a scalar; zero if nothing."""
+        return self.stack.auxiliary_loss()
+
     def carry(self, x: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
         """One answer a step, and the state to go on with: for long texts and for generation.
 

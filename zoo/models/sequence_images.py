@@ -97,6 +97,10 @@ class ImageSequenceNet(nn.Module):
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
+    def auxiliary_loss(self) -> Tensor:
+        """What the wormholes add to the loss of the last training pass, a scalar; zero if nothing."""
+        return self.stack.auxiliary_loss()
+
 
 _NAMES = [
     f"{prefix}{cell}_{by}"
