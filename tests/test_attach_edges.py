@@ -69,6 +69,45 @@ def test_a_saved_closed_head_is_loaded_from_a_folder_and_from_a_file(tmp_path, m
     assert torch.equal(without.fc.weight, model.fc.weight) and not hasattr(without, "closed_head")
 
 
+def test_a_trained_closed_head_is_not_lost_unasked(tmp_path):
+    model = made(closed_head=True)
+    torch.save(model.state_dict(), tmp_path / "saved.pth")
+    source = {
+        "pretrained": True,
+        "num_classes": 5,
+        "pretrained_cfg_overlay": {"file": str(tmp_path / "saved.pth"), "num_classes": 5},
+    }
+    with pytest.raises(tw.AttachError, match="Pass closed_head=True"):
+        timm.create_model("twnn_resnet10t", **source)
+    without = timm.create_model("twnn_resnet10t", closed_head=False, **source)  # said, not forgotten
+    assert torch.equal(without.fc.weight, model.fc.weight) and not hasattr(without, "closed_head")
+
+
+@pytest.mark.parametrize("given", [2, "", None, ["fc"], 1.0])
+def test_a_closed_head_is_on_or_off_or_a_path(given):
+    model = timm.create_model("resnet10t", num_classes=5)
+    with pytest.raises(tw.OptionError, match="closed_head is True, False, or the path"):
+        tw.attach(model, closed_head=given)
+    assert not hasattr(model, "wormholes")
+
+
+@pytest.mark.parametrize("weight", ["nonsense", -1.0, True, float("nan")])
+@pytest.mark.parametrize("closed_head", [False, True])
+def test_the_weight_of_a_closed_head_is_looked_at_without_one_too(closed_head, weight):
+    with pytest.raises(tw.OptionError, match="closed_weight is the weight of a loss"):
+        made(closed_head=closed_head, closed_weight=weight)
+
+
+def test_a_gate_is_not_shared_between_wormholes():
+    gate = tw.gates.registry.make("sigmoid", channels=512)
+    model = timm.create_model("resnet10t", num_classes=5)
+    spans = ["layer4->layer4", "layer2->layer2"]
+    with pytest.raises(tw.OptionError, match=r"gate is one SigmoidGate.*2 wormholes.*\(name, options\)"):
+        tw.attach(model, spans, gate=gate)
+    assert not hasattr(model, "wormholes")
+    assert tw.attach(model, spans[:1], gate=gate).wormholes[0].feedback.gate is gate
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_policy_that_comes_later_is_in_the_mode_of_its_wormhole(training):
     model = made(wormholes=["layer4->layer4", "layer2->layer2"]).train(training)

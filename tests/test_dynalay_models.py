@@ -251,6 +251,15 @@ class TestBadInput:
         with pytest.raises(UnknownNameError, match="Did you mean 'dynalay'"):
             _cnn3(policy="dynaly")
 
+    @pytest.mark.parametrize("name", ["dynalay_cnn3", "dynalay_resnet8_cifar", "dynalay_lstm3"])
+    def test_flags_are_true_or_false(self, name: str) -> None:
+        for given in ("x", 1, ""):
+            with pytest.raises(OptionError, match="open_head is True or False; got"):
+                timm.create_model(name, num_classes=5, open_head=given)
+            if name != "dynalay_lstm3":  # which has no such option
+                with pytest.raises(OptionError, match="orthogonal is True or False; got"):
+                    timm.create_model(name, num_classes=5, orthogonal=given)
+
     def test_configure_and_attach(self) -> None:
         net = _cnn3(policy="never")
         with pytest.raises(OptionError, match="Did you mean 'policy'"):

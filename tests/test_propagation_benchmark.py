@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 
 import twnn_plugin as tw
@@ -181,7 +182,7 @@ def network(**options):
     from zoo.models import PropagationNet
 
     torch.manual_seed(0)
-    return PropagationNet(widths=(4, 6, 8), **options)
+    return PropagationNet(**{"widths": (4, 6, 8), **options})
 
 
 def test_image_networks_go_on_for_the_same_time_whatever_their_depth():
@@ -215,8 +216,20 @@ def test_a_stage_keeps_apart_what_differs():
         ({"act_layer": "tahn"}, "act_layer must be"),
         ({"gamma": 0.1}, "gamma damps antisymmetric"),
         ({"kind": "euler", "reversible": True}, "Only hamiltonian"),
+        ({"widths": (16, 32)}, r"three stages.*got \(16, 32\)"),
+        ({"widths": (16, 32, 0)}, "at least 1"),
+        ({"widths": (16, 32, 64.0)}, "whole numbers"),
+        ({"widths": 16}, "three stages"),
     ],
 )
 def test_image_networks_refuse_bad_options(options, message):
     with pytest.raises(tw.OptionError, match=message):
         network(**options)
+
+
+def test_registered_image_networks_take_a_depth_and_no_other_kind():
+    model = timm.create_model("hamiltonian_20", depth=4, widths=[4, 6, 8])
+    assert [stage.body.layers for stage in (model.layer1, model.layer2, model.layer3)] == [4, 4, 4]
+    assert type(timm.create_model("euler_20", kind="euler").layer1.body).__name__ == "Euler"
+    with pytest.raises(tw.OptionError, match=r"of the kind 'hamiltonian'.*euler_20, antisymmetric_20"):
+        timm.create_model("hamiltonian_20", kind="euler")

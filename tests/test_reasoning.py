@@ -152,6 +152,18 @@ def test_bad_input_is_named(make, said):
         make()
 
 
+@pytest.mark.filterwarnings("ignore::twnn_plugin.errors.ConvergenceWarning")
+@pytest.mark.parametrize("name", [n for n in REASONING if n not in ("ff_prefix", "ff_maze")])
+def test_a_saved_model_comes_back_from_its_folder(name, tmp_path):
+    options = {} if name.startswith("ff_") else {"width": 12}
+    model, x = fresh(name, **options), inputs_of(name)
+    timm.models.save_for_hf(model, str(tmp_path))
+    torch.manual_seed(1)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert again.num_features == 12 and torch.equal(again(x), model(x))
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_weights_ship_with_a_card(name):
     file = WEIGHTS / f"{name}.safetensors"

@@ -129,3 +129,28 @@ def test_statistics_of_two_values_are_not_taken_for_another_map():
     model(images(batch=6)).sum().backward()
     assert one_map.functional is False
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "visformer_tiny",
+        "levit_128s",
+        "mvitv2_tiny",
+        "gcvit_xxtiny",
+        "coatnet_pico_rw_224",
+        "coatnet_nano_rw_224",
+        "botnet26t_256",
+    ],
+)
+def test_image_sizes_that_timm_takes_are_taken(name):
+    """Of models that are made for one size, and cut no patches that know it."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, img_size=64, num_classes=3).eval()
+    torch.manual_seed(0)
+    model = timm.create_model(f"twnn_{name}", img_size=64, num_classes=3, budget="1.2x").eval()
+    model.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(images()), plain(images()))
+    tw.configure(model, budget="1.5x")  # a pass is counted again
+    assert "wormholes" in dict(tw.attach(plain).named_children())

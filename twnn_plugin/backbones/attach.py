@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import gates
 from ..blocks import Aids, Feedback, SolveSettings
+from ..blocks.feedback import fill_missing
 from ..blocks.paths import MessagePath, path_of
 from ..blocks.prices import set_prices
 from ..blocks.wormhole import gate_factory
@@ -22,7 +23,7 @@ from . import registry
 from .arrange import Arrangement, arrange
 from .auxiliary import add_auxiliary_loss
 from .base import Backbone
-from .closed_head import add_closed_head, check_closed_head
+from .closed_head import add_closed_head, check_closed_head, check_options
 from .given import check_flag, check_gate, check_uncompiled, span_policy
 from .listed import ListedBackbone
 from .manners import adopt, last_alone, without_checkpointing
@@ -79,7 +80,7 @@ def attach(
             input, and everything in between is iterated. ``"layer3->layer3"`` is a self-loop. Wormholes whose
             spans overlap are solved as one equation. ``"auto"``: the last two stages of a pyramid, the last
             third of an isotropic network, or the nearest span to it that can be replayed.
-        gate: registered name, or ``(name, options)``.
+        gate: registered name, or ``(name, options)``; for a single wormhole, a gate.
         budget: for learned gates, the wanted share of open samples, such as 0.3, the wanted mean
             multiply-adds relative to the plain network, such as ``"1.2x"`` (all wormholes together), or the
             wanted mean replays a sample of each wormhole, such as ``"2 rows"``.
@@ -124,6 +125,7 @@ def attach(
     make_gate = gate_factory(_budgeted(gate, budget))
     chosen = span_policy(policy)
     check_flag("fallback", fallback)
+    check_options(closed_head, closed_weight)
     if isinstance(model, nn.Module):
         check_uncompiled(model)
     if hasattr(model, CHILD):
@@ -138,12 +140,8 @@ def attach(
     with without_checkpointing(model) as checkpoint, evaluating(model), last_alone(model, gathers):
         found = arrange(model, backbone, wormholes, fallback)
         first = found.survey.examples[0]
-        if isinstance(message, nn.Module) and len(found.specs) > 1:
-            raise OptionError(
-                f"message is one module, and there are {len(found.specs)} wormholes, each with weights of "
-                "its own: give the name of a block, (name, options), or a function that makes a module for a "
-                "number of channels."
-            )
+        if len(found.specs) > 1:
+            _check_unshared(message, gate, len(found.specs))
         build = _Builder(model, first, layout, make_gate, chosen, solve_settings, scale, aids, message)
         feedbacks = [build(spec, *found.example(i)) for i, spec in enumerate(found.specs)]
         if closed_head:
@@ -154,7 +152,7 @@ def attach(
                 )
             for group in found.groups:
                 end = group.program.modules()[-1]
-                check_closed_head(model, closed_head, closed_weight, first, run(model, first), end)
+                check_closed_head(model, closed_head, first, run(model, first), end)
     # Hooks go in only now that every span has passed: a refusal leaves the model as it was.
     holder = Holder(
         _spans(found, feedbacks), backbone.given if isinstance(backbone, ListedBackbone) else None
@@ -233,6 +231,10 @@ class Holder(nn.ModuleList):
     def __init__(self, spans: Sequence[AttachedSpan], example: Any = None):
         super().__init__(spans)
         self.example = rebuild(example, _first)
+        for part in self.modules():
+            if isinstance(part, Feedback):
+                part.alone = False
+        self.register_load_state_dict_pre_hook(fill_missing)
 
     def forward(self, value: Any) -> Any:
         return value
@@ -261,6 +263,22 @@ def known_backbone(model: nn.Module) -> Backbone | None:
     """The first registered adapter that knows a model, in the order of their names."""
     made = (registry.make(name) for name in registry.names())
     return next((adapter for adapter in made if adapter.claims(model)), None)
+
+
+def _check_unshared(message: Any, gate: Any, wormholes: int) -> None:
+    """Refuse modules that several wormholes would share."""
+    if isinstance(message, nn.Module):
+        raise OptionError(
+            f"message is one module, and there are {wormholes} wormholes, each with weights of its own: give "
+            "the name of a block, (name, options), or a function that makes a module for a number of "
+            "channels."
+        )
+    if isinstance(gate, Gate):
+        raise OptionError(
+            f"gate is one {type(gate).__name__}, and there are {wormholes} wormholes, each with a threshold, "
+            "a budget and a penalty of its own: give the name of a gate or (name, options), such as "
+            "('sigmoid', {'budget': 0.3})."
+        )
 
 
 def _budgeted(gate: Any, budget: float | str | None) -> Any:

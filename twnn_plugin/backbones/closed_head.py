@@ -20,6 +20,8 @@ __all__ = [
     "ClosedHead",
     "add_closed_head",
     "check_closed_head",
+    "check_options",
+    "check_weight",
     "closed_logits",
     "closed_loss",
 ]
@@ -172,15 +174,12 @@ class _Renewing:
         self.head.renew(self.model)
 
 
-def check_closed_head(
-    model: nn.Module, where: bool | str, weight: float, example: Any, result: Any, end: nn.Module
-) -> None:
+def check_closed_head(model: nn.Module, where: bool | str, example: Any, result: Any, end: nn.Module) -> None:
     """Refuse a closed head that cannot be; nothing is changed.
 
     Args:
         model: the model before any wormhole, in eval mode.
         where: True: what ``get_classifier`` returns; a path: the module that gives the logits.
-        weight: of the closed logits' loss.
         example: an input.
         result: what the model makes of it.
         end: the module behind which the first wormhole's settled value goes on.
@@ -188,9 +187,8 @@ def check_closed_head(
     Raises:
         AttachError: the model has no classifier, or what lies behind the wormholes cannot take two versions
             of each sample in one batch.
-        OptionError: ``where`` or ``weight`` is impossible.
+        OptionError: ``where`` names no module.
     """
-    check_weight(weight)
     if not _classifiers(model, where):
         raise AttachError(
             f"This {type(model).__name__} has no classifier to copy for a closed head (num_classes=0?). Name "
@@ -228,6 +226,16 @@ def add_closed_head(
     if reset is not None:
         model.reset_classifier = _Renewing(model, head, reset)  # pyright: ignore[reportArgumentType]
     return head
+
+
+def check_options(where: Any, weight: Any) -> None:
+    """Raise :class:`OptionError` unless these can be ``closed_head`` and ``closed_weight`` of some model."""
+    if not isinstance(where, bool) and not (isinstance(where, str) and where):
+        raise OptionError(
+            "closed_head is True, False, or the path of the module that gives the logits, such as 'head.fc'; "
+            f"got {where!r}."
+        )
+    check_weight(weight)
 
 
 def check_weight(weight: Any) -> None:

@@ -81,6 +81,8 @@ def _build(
             state = timm_adapter.weights(config, kwargs.get("cache_dir"))
             mine = _taken(state, CHILD)
             heads = _taken(state, CLOSED_HEAD)
+            if heads and "closed_head" not in options:
+                raise AttachError(_UNASKED)
             kwargs["pretrained_cfg"] = timm_adapter.with_weights(config, state)
     # The backbone's weights are loaded by timm, adapted and strictly, before there are wormholes.
     try:
@@ -99,6 +101,13 @@ def _build(
     if heads and head is not None and _as_many_classes(head, heads):
         _load(head, heads)
     return model
+
+
+_UNASKED = (
+    "These weights have a closed head, which the model was not asked for: all samples would be answered by "
+    "the open one. Pass closed_head=True (or the path that it was saved with), or closed_head=False to leave "
+    "it out."
+)
 
 
 def _taken(state: dict[str, Any], child: str) -> dict[str, Any]:

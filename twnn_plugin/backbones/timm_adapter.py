@@ -76,6 +76,8 @@ class TimmBackbone(Backbone):
             height, width = size
         elif small is not None and not config.get("fixed_input_size", False):
             height, width = min(height, small), min(width, small)
+        else:
+            height, width = _image_size(model, (height, width))
         weight = next(model.parameters())
         generator = torch.Generator().manual_seed(0)
         value = torch.randn(batch, channels, height, width, generator=generator)
@@ -96,6 +98,19 @@ class TimmBackbone(Backbone):
         known = {path for path, _ in model.named_modules()}
         tries = (name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}")
         return next((path for path in tries if path in known), name)
+
+
+def _image_size(model: nn.Module, declared: tuple[int, int]) -> tuple[int, int]:
+    """The pixels (H, W) of the ``img_size`` that a model was made with; else those declared for its weights.
+
+    Models that cut no patches keep no such size. Newer versions of timm remember it for them; with an older
+    one such a model needs an example.
+    """
+    ask: Any = getattr(timm.models, "get_model_input_config", None)
+    if ask is None or not getattr(model, "pretrained_cfg", None):
+        return declared
+    height, width = ask(model)["input_size"][-2:]
+    return height, width
 
 
 def _feature_info(model: nn.Module) -> tuple[str, list[dict[str, Any]]]:

@@ -137,11 +137,14 @@ def selected(
         None if ``fpi_layers`` is empty.
     """
     # Here rather than above: importing twnn_plugin imports this module.
+    from twnn_plugin.backbones.given import check_flag
     from twnn_plugin.blocks import SolveSettings
     from twnn_plugin.errors import OptionError, UnknownNameError, nearest
     from twnn_plugin.policies import registry
     from twnn_plugin.selection import Connection, LayerSelection
 
+    check_flag("open_head", open_head)
+    check_flag("orthogonal", options.get("orthogonal", False))
     chosen = list(stages) if fpi_layers is None else _names(fpi_layers)
     for name in chosen:
         if name not in stages:
@@ -196,7 +199,13 @@ def fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *rest: A
 
 
 default_cfgs = generate_default_cfgs(
-    {"dynalay_cnn3.untrained": cifar_cfg(first_conv="layer1.conv", pool_size=(4, 4))}
+    {
+        "dynalay_cnn3.untrained": cifar_cfg(
+            first_conv="layer1.conv",
+            classifier=("fc", "selection.open_head.fc"),  # both are left out for another num_classes
+            pool_size=(4, 4),
+        )
+    }
 )
 
 

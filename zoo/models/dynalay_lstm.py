@@ -153,6 +153,9 @@ class DynaLayRNN(nn.Module):
         open_head: bool,
         **connection: Any,
     ) -> LayerSelection | None:
+        from twnn_plugin.backbones.given import check_flag  # importing twnn_plugin imports this module
+
+        check_flag("open_head", open_head)
         if not chosen:
             given = [*settings, *(["policy"] if policy is not None else [])]
             if given:
@@ -263,7 +266,8 @@ default_cfgs = generate_default_cfgs(
             "input_size": (1, 1, 64),  # timm wants three numbers: a window of 64 tokens
             "pool_size": None,
             "first_conv": "embed",
-            "classifier": "head.fc",
+            # What timm leaves out for another num_classes: the open head's, too, where there can be one.
+            "classifier": ("head.fc", "selection.open_head.fc") if name.startswith("dynalay_") else "head.fc",
             "license": "apache-2.0",
         }
         for name in _NAMES

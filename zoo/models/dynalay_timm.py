@@ -19,6 +19,7 @@ __all__ = ["DynaLayNet", "register_dynalay_models"]
 
 _PUBLIC = len(__all__)
 PREFIX = "dynalay_"
+_OPEN_HEAD = "open_head."
 _SOLVES = ("solver", "adjoint", "tol", "max_iter", "stop", "norm")
 OPTIONS = ("fpi_layers", "policy", "max_choices", "open_head", *CONNECTION_OPTIONS, *_SOLVES)
 """Options of every ``dynalay_`` model besides its backbone's own."""
@@ -222,22 +223,86 @@ def register_dynalay_models(architectures: Iterable[str] | None = None) -> list[
 
 def _entry(name: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        from twnn_plugin.backbones import timm_adapter
-
-        options = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
-        if pretrained:
-            overlay = kwargs.pop("pretrained_cfg_overlay", None)
-            kwargs["pretrained_cfg"] = timm_adapter.resolved(
-                PREFIX + name, kwargs.get("pretrained_cfg"), overlay
-            )
-        backbone = create(pretrained=pretrained, **kwargs)
-        model = DynaLayNet(backbone, **options)
-        config: Any = dict(backbone.pretrained_cfg)  # type: ignore[arg-type]
-        config["architecture"] = PREFIX + name
-        model.pretrained_cfg = model.default_cfg = config
-        return model
+        return _build(name, create, pretrained, kwargs)
 
     build.__name__ = build.__qualname__ = PREFIX + name
     build.__module__ = __name__
     build.__doc__ = f"{name} with an agent that picks stages to iterate; options {', '.join(OPTIONS)}."
     return build
+
+
+def _build(
+    name: str, create: Callable[..., nn.Module], pretrained: bool, kwargs: dict[str, Any]
+) -> DynaLayNet:
+    from twnn_plugin.backbones import timm_adapter  # importing twnn_plugin imports this module
+
+    options = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
+    if kwargs.get("pretrained_model_args"):  # those of a saved model, its selection's included
+        saved = kwargs["pretrained_model_args"]
+        kwargs["pretrained_model_args"] = {k: v for k, v in saved.items() if k not in OPTIONS}
+    config, mine = None, {}
+    if pretrained:
+        overlay = kwargs.pop("pretrained_cfg_overlay", None)
+        config = timm_adapter.resolved(PREFIX + name, kwargs.get("pretrained_cfg"), overlay)
+        kwargs["pretrained_cfg"] = config
+        if timm_adapter.from_elsewhere(config):
+            state, mine = _parts(timm_adapter.weights(config, kwargs.get("cache_dir")))
+            kwargs["pretrained_cfg"] = timm_adapter.with_weights(config, state)
+    backbone = create(pretrained=pretrained, **kwargs)
+    timm_adapter.rename(backbone, name, config)
+    model = DynaLayNet(backbone, **options)
+    known: Any = dict(backbone.pretrained_cfg)  # type: ignore[arg-type]
+    known["architecture"] = PREFIX + name
+    model.pretrained_cfg = model.default_cfg = known
+    if config is not None and mine:
+        if options.get("open_head") is False:  # it is not wanted any more
+            mine = {key: value for key, value in mine.items() if not key.startswith(_OPEN_HEAD)}
+        _load(model.selection, mine, config.num_classes != model.num_classes)
+    return model
+
+
+def _parts(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights of the backbone and those of the selection; a plain backbone's file has no such parts."""
+    ours = ("backbone.", "selection.")
+    if not all(key.startswith(ours) for key in state):
+        return state, {}
+    backbone, selection = (
+        {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
+        for part in ours
+    )
+    return backbone, selection
+
+
+def _load(selection: LayerSelection | None, saved: dict[str, Any], resized: bool) -> None:
+    """Load what the backbone knows nothing of.
+
+    Args:
+        selection: of the new model, whose backbone is loaded.
+        saved: the selection's weights.
+        resized: whether the model has another number of classes than the saved one: what depends on it in the
+            open head stays new, as timm's classifiers do.
+    """
+    from twnn_plugin.errors import AttachError
+
+    reason = "no layer can be iterated (fpi_layers is empty)."
+    if selection is not None:
+        own = selection.state_dict()
+        fresh = {key: value for key, value in own.items() if key.startswith(_OPEN_HEAD)}
+        if resized:
+            saved = {
+                key: value
+                for key, value in saved.items()
+                if not key.startswith(_OPEN_HEAD) or (key in fresh and fresh[key].shape == value.shape)
+            }
+        elif any(key.startswith(_OPEN_HEAD) for key in saved):
+            fresh = {}  # all of it must be there
+        try:
+            selection.load_state_dict({**fresh, **saved})
+            return
+        except RuntimeError as error:
+            reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]
+    raise AttachError(
+        f"The saved selection does not fit the one that was asked for: {reason} Create the model with the "
+        "options that it was saved with (fpi_layers, policy, open_head, message, ...), which save_for_hf "
+        "keeps in model_args; tw.configure gives it another policy afterwards."
+    )

@@ -8,7 +8,7 @@ neural networks": a stem, then stages of constant width with pooling and a wider
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.layers import get_act_layer
@@ -74,6 +74,7 @@ class PropagationNet(StagedNet):
         options = _options(kind, depth, time, gamma, reversible)
         act = _activation(act_layer)
         make = _propagator(kind)
+        widths = _channels(widths)
         stem = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
         self.stem = nn.Sequential(OrderedDict(conv=stem, bn=nn.BatchNorm2d(widths[0]), act=act()))
         before, reduction = widths[0], 1
@@ -123,6 +124,19 @@ def _options(
     return options
 
 
+def _channels(widths: Any) -> tuple[int, int, int]:
+    from twnn_plugin.errors import OptionError
+
+    listed = isinstance(widths, Sequence) and len(widths) == 3
+    if not listed or not all(type(width) is int and width >= 1 for width in widths):
+        raise OptionError(
+            "widths are the channels of the three stages, whole numbers of at least 1 such as (16, 32, 64); "
+            f"got {widths!r}."
+        )
+    first, second, third = widths
+    return first, second, third
+
+
 def _activation(layer: str | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     from twnn_plugin.errors import OptionError
 
@@ -150,15 +164,17 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(kind: str, layers: int, pretrained: bool, **kwargs: Any) -> PropagationNet:
+def _create(kind: str, layers: int, pretrained: bool, /, **kwargs: Any) -> PropagationNet:
+    from twnn_plugin.errors import OptionError  # importing twnn_plugin imports this module
+
+    if kwargs.setdefault("kind", kind) != kind:
+        raise OptionError(
+            f"{kind}_{layers} is of the kind {kind!r}; got kind={kwargs['kind']!r}. Create one of the other "
+            f"names: {', '.join(f'{other}_{layers}' for other in _BLOCKS if other != kind)}."
+        )
+    options = {"depth": _DEPTHS[layers], **kwargs}
     return build_model_with_cfg(
-        PropagationNet,
-        f"{kind}_{layers}",
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2)},
-        kind=kind,
-        depth=_DEPTHS[layers],
-        **kwargs,
+        PropagationNet, f"{kind}_{layers}", pretrained, feature_cfg={"out_indices": (0, 1, 2)}, **options
     )
 
 

@@ -63,13 +63,15 @@ class ReasoningNet(nn.Module, ABC):
 
     Args:
         loop: the cell and how it is iterated.
+        width: channels of the state.
     """
 
     num_classes = 2
 
-    def __init__(self, loop: Loop):
+    def __init__(self, loop: Loop, width: int):
         super().__init__()
         self.loop = loop
+        self.num_features = width
 
     @abstractmethod
     def inject(self, inputs: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ class PrefixNet(ReasoningNet):
         **settings: Any,
     ):
         _fixed("bits to parities", num_classes, in_chans, 1)
-        super().__init__(make_loop(loop, width, 1, settings, kernel=(1, 3), blocks=blocks))
+        super().__init__(make_loop(loop, width, 1, settings, kernel=(1, 3), blocks=blocks), width)
         self.head = nn.Conv2d(width, 2, 1)
 
     def inject(self, inputs: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ class MazeNet(ReasoningNet):
         }
         if latching and loop == "wormhole":  # it ends by itself; some dead ends are long
             settings = {"max_iter": 20_000, **settings}
-        super().__init__(make_loop(loop, width, width, settings, **cell))
+        super().__init__(make_loop(loop, width, width, settings, **cell), width)
         self.patches = Patches(in_chans)
         self.embed = nn.Conv2d(self.patches.features, width, 1)
         self.head = nn.Conv2d(2 * width, 2 * self.patches.size**2, 1)

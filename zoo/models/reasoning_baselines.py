@@ -47,7 +47,7 @@ class FeedForwardPrefix(nn.Module):
 
     def __init__(self, num_classes: int = 2, in_chans: int = 1, width: int = 12, depth: int = 18):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.num_features = num_classes, width
         self.enter = nn.Conv2d(in_chans, width, (1, 3), padding=(0, 1))
         self.blocks = nn.Sequential(*(Residual(width, (1, 3)) for _ in range(depth)))
         self.head = nn.Conv2d(width, num_classes, 1)
@@ -75,7 +75,7 @@ class FeedForwardMaze(nn.Module):
 
     def __init__(self, num_classes: int = 2, in_chans: int = 3, width: int = 14, depth: int = 5):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.num_features = num_classes, width
         self.patches = Patches(in_chans)
         self.embed = nn.Conv2d(self.patches.features, width, 1)
         self.blocks = nn.Sequential(*(Residual(width) for _ in range(depth)))
