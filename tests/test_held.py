@@ -386,3 +386,43 @@ def test_models_with_other_parameters(make, shape, adjoint, training):
     plain = {name: p.detach() for name, p in given.items()}
     found = torch.func.grad(lambda p: functional_call(model, p, (x,)).square().sum())(plain)
     close([found[name] for name in plain], expected, bound=1e-3)
+
+
+def test_maps_that_return_what_they_close_over():
+    p = torch.randn(3, 4)
+
+    def solved(p):
+        return tw.fix(lambda z: p, torch.zeros(3, 4)).value.sum()
+
+    assert torch.equal(torch.func.grad(solved)(p), torch.ones(3, 4))
+    assert torch.equal(torch.func.jvp(solved, (p,), (p,))[1], p.sum())
+    flat = torch.func.grad(lambda q: tw.fix(lambda z: q.view(3, 4), torch.zeros(3, 4)).value.sum())(
+        p.flatten()
+    )
+    assert torch.equal(flat, torch.ones(12))
+
+
+def test_what_cannot_be_differentiated_says_why():
+    x = torch.randn(3, 4)
+    w = (0.2 * torch.randn(4, 4)).requires_grad_()
+    with pytest.raises(tw.MapError, match="context and f closes over it"):
+        torch.func.grad(
+            lambda x: tw.fix(lambda z, c: torch.tanh(z @ w + c + x.mean(0)), 0 * x, x).value.sum()
+        )(x)
+    value = tw.fix(lambda z, c: torch.tanh(z @ w + c), 0 * x, x).value
+    for create in (False, True):
+        with pytest.raises(tw.TransformError, match=r"torch\.func\.jacrev"):
+            torch.autograd.grad(
+                value,
+                w,
+                torch.eye(12).view(12, 3, 4),
+                is_grads_batched=True,
+                create_graph=create,
+                retain_graph=True,
+            )
+
+
+def test_writes_to_the_context_are_refused():
+    x = torch.randn(3, 4)
+    with pytest.raises(tw.MapError, match="f writes to context 0"):
+        tw.fix(lambda z, c: torch.tanh(c.mul_(0.5) + 0.3 * z), 0 * x, x)

@@ -19,8 +19,15 @@ __all__ = ["Capture", "Closed", "announce", "close", "substituted", "unwatched"]
 
 _OPAQUE = (
     "This derivative needs f as a function of every tensor it uses, and {what}. Part of it may be code that "
-    "torch functions do not see, such as a custom torch.autograd.Function or a scripted module: write that part "
-    "with torch functions, or use adjoint='unrolled'."
+    "torch functions do not see, such as a custom torch.autograd.Function or a scripted module: write that "
+    "part with torch functions, or use adjoint='unrolled'."
+)
+
+
+_TWICE = (
+    "A tensor of shape {shape} is given to fix as context and f closes over it, too. Under this derivative f "
+    "must be a function of its arguments: use the context that f is given, and pass what rows share of it, "
+    "such as its mean, as further context."
 )
 
 
@@ -126,18 +133,28 @@ class Capture(_Watch):
 class _Substitute(_Watch):
     """Puts other tensors in the place of captured ones."""
 
-    def __init__(self, given: Iterable[Tensor], places: dict[int, Tensor], constants: dict[int, Tensor]):
+    def __init__(
+        self,
+        given: Iterable[Tensor],
+        places: dict[int, Tensor],
+        constants: dict[int, Tensor],
+        originals: dict[int, Tensor],
+    ):
         super().__init__((*given, *places.values()))
         self.places = places
         self.constants = constants
+        self.originals = originals
 
-    def _swap(self, leaf: Any) -> Any:
+    def swap(self, leaf: Any) -> Any:
+        """What stands for a captured tensor; anything else as it is."""
         if not isinstance(leaf, Tensor):
             return leaf
         other = self.places.get(id(leaf))
         if other is not None:
             return other
         if not self.knows(leaf) and id(leaf) not in self.constants:
+            if id(leaf) in self.originals:
+                raise MapError(_TWICE.format(shape=tuple(leaf.shape)))
             raise MapError(
                 _OPAQUE.format(
                     what="f uses another tensor now than when it was first evaluated (was one replaced?)"
@@ -150,7 +167,7 @@ class _Substitute(_Watch):
     ) -> Any:
         if self.asleep:
             return func(*args, **(kwargs or {}))
-        out = func(*rebuild(tuple(args), self._swap), **rebuild(kwargs or {}, self._swap))
+        out = func(*rebuild(tuple(args), self.swap), **rebuild(kwargs or {}, self.swap))
         self._make_all(out)
         return out
 
@@ -189,6 +206,7 @@ class Closed:
     Attributes:
         captured: the tensors it closed over, in the order of its last arguments.
         value: what it gave when it was closed, without a graph.
+        originals: what it was closed at, the state left out.
     """
 
     def __init__(
@@ -197,8 +215,10 @@ class Closed:
         captured: Sequence[Tensor],
         constants: Sequence[Tensor],
         value: Tensor,
+        originals: Sequence[Tensor],
     ):
         self.function = function
+        self._originals = {id(tensor): tensor for tensor in originals}
         self.value = value
         self.captured = tuple(captured)
         self._constants = {id(tensor): tensor for tensor in constants}
@@ -207,8 +227,9 @@ class Closed:
         split = len(arguments) - len(self.captured)
         given, stand_ins = arguments[:split], arguments[split:]
         places = {id(old): new for old, new in zip(self.captured, stand_ins, strict=True)}
-        with _Substitute(given, places, self._constants):
-            return self.function(*given)
+        with _Substitute(given, places, self._constants, self._originals) as stand_in:
+            # What it returns may be what it closed over, as it is.
+            return stand_in.swap(self.function(*given))
 
 
 def close(function: Callable[..., Tensor], arguments: Sequence[Tensor], every: bool) -> Closed:
@@ -240,4 +261,4 @@ def close(function: Callable[..., Tensor], arguments: Sequence[Tensor], every: b
         if key not in first.found and not first.knows(tensor):
             raise MapError(_OPAQUE.format(what="it uses a tensor that it did not use before"))
         (captured if every or tensor.requires_grad else constants).append(tensor)
-    return Closed(function, captured, constants, out)
+    return Closed(function, captured, constants, out, arguments[1:])

@@ -24,6 +24,13 @@ _IN_PLACE = (
 )
 
 
+_WRITTEN = (
+    "f writes to context {place}, which belongs to the caller and is given to f again: by a torch function "
+    "whose name ends in an underscore, or a module with inplace=True. Let f make a new tensor, or begin it "
+    "with c = c.clone()."
+)
+
+
 def _capturing(z: Tensor) -> bool:
     return z.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -55,9 +62,13 @@ class Equation:
         if z.is_inference():  # such tensors do not count how often they are written to: look, once
             return self._watched(z) if first and not _capturing(z) else self.map(z, *self.context)
         version = z._version
+        before = [None if c.is_inference() else c._version for c in self.context] if first else ()
         fz = self.map(z, *self.context)
         if z._version != version:
             raise MapError(_IN_PLACE)
+        for place, (c, known) in enumerate(zip(self.context, before)):  # noqa: B905 - looked at once
+            if known is not None and c._version != known:
+                raise MapError(_WRITTEN.format(place=place))
         return fz
 
     def _watched(self, z: Tensor) -> Tensor:

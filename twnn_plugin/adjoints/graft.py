@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceWarning, MapError
+from ..errors import ConvergenceWarning, MapError, TransformError
 from ..solvers import Outcome
 from ..solvers.measure import measure, report_residual, threshold
 from ..types import Status
@@ -60,14 +61,30 @@ class _Graft(torch.autograd.Function):
             z0 = torch.zeros(shape, dtype=dtype, device=device)
         others = [None] * (len(ctx.needs_input_grad) - 5)
         if not torch.is_grad_enabled() and not transforms.active():
-            return ctx.pull(g), None, z0, None, None, *others
+            with _looked_into():
+                return ctx.pull(g), None, z0, None, None, *others
         value, fz, *inputs = ctx.saved_tensors  # create_graph=True, or is_grads_batched=True
         try:
-            return None, None, z0, None, None, *ctx.again(g, value, inputs)
+            with _looked_into():
+                return None, None, z0, None, None, *ctx.again(g, value, inputs)
         except MapError as error:
             with torch.no_grad():
                 u = ctx.pull(g)
             return _Refuse.apply(str(error), u, fz, g), None, z0, None, None, *others
+
+
+@contextmanager
+def _looked_into() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "Batching rule not implemented" not in str(error):
+            raise
+        # torch has no public question for this kind of batch.
+        raise TransformError(
+            "is_grads_batched=True and vectorize=True batch the backward pass in a way that cannot be looked "
+            "into, and a solve is. Use torch.func.vjp with torch.func.vmap, or torch.func.jacrev."
+        ) from error
 
 
 class _Refuse(torch.autograd.Function):

@@ -129,9 +129,9 @@ class _Fix(torch.autograd.Function):
     @staticmethod
     def forward(h: Map, method: Method, z0: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         outcome = method.solve(h, z0, inputs)
-        # A result that is one of the arguments would be taken for a view of it.
+        # A result that is one of the arguments, or a part of one, would be taken for a view of it.
         given = any(outcome.value is x for x in (z0, *inputs))
-        value = outcome.value.clone() if given else outcome.value
+        value = outcome.value.clone() if given or outcome.value._is_view() else outcome.value
         return value, outcome.status, outcome.steps, outcome.residual
 
     @staticmethod
