@@ -194,6 +194,8 @@ def draw(chance):
         "stop": chance.choice(("rel", "abs")),
         "norm": chance.choice(("l2", "max")),
     }
+    if options["stop"] == "abs":  # less cannot be measured, and is refused
+        options["tol"] = max(options["tol"], 1e-150 if dtype == torch.float64 else 2e-19)
     return name, kind, w.to(dtype), z0.to(dtype), x.to(dtype), chance.random() < 0.6, options
 
 

@@ -118,7 +118,7 @@ def test_closed_samples_take_part_in_nothing():
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0), (1, 1)])
 def test_reports_of_batches_with_and_without_open_samples_join(order):
     model = timm.create_model("twnn_resnet8_cifar", num_classes=5, scale=1.0)
-    x = images(8, 32)
+    x = images(8, 8, side=32)[0]
     tw.calibrate(model, [x], budget=0.5)
     model.eval()
     with torch.no_grad():

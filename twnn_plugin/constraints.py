@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrizations, parametrize
 
 from .errors import OptionError, nearest
@@ -71,7 +72,7 @@ def contractive(module: M, rate: float = 0.9, norm: str = "l2") -> M:
 
     Raises:
         OptionError: another kind of module, an option out of range, a padding that the bound does not
-            cover, or a weight that is parametrised already.
+            cover, or a weight that is parametrised already or, in a lazy module, not there yet.
     """
     _check(module, rate)
     _check_norm(norm)
@@ -148,6 +149,9 @@ def cached(*modules: nn.Module) -> Iterator[None]:
     Args:
         *modules: modules that hold the layers, at any depth.
 
+    Raises:
+        OptionError: something else than a module.
+
     Example:
         >>> import torch, twnn_plugin as tw
         >>> cell = tw.contractive(torch.nn.Linear(8, 8), 0.9)
@@ -155,6 +159,9 @@ def cached(*modules: nn.Module) -> Iterator[None]:
         ...     solution = tw.fix(lambda z, x: torch.tanh(cell(z) + x), torch.zeros(4, 8), torch.ones(4, 8))
         ...     solution.value.sum().backward()
     """
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise OptionError(f"cached takes modules that hold layers; got a {type(module).__name__}.")
     with parametrize.cached():
         for module in modules:
             for layer in module.modules():
@@ -172,7 +179,8 @@ def norm_bound(module: Layer, norm: str = "l2") -> Tensor:
         norm: ``"l2"`` or ``"max"``, see :func:`contractive`.
 
     Raises:
-        OptionError: another kind of module or norm, or a padding that the bound does not cover.
+        OptionError: another kind of module or norm, a lazy module without a weight, or a padding that the
+            bound does not cover.
     """
     _check_kind(module)
     _check_norm(norm)
@@ -323,6 +331,11 @@ def _check_kind(module: Any) -> None:
     if not isinstance(module, _KINDS):
         known = ", ".join(f"nn.{kind.__name__}" for kind in _KINDS)
         raise OptionError(f"A norm constraint takes {known}; got a {type(module).__name__}.")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
+        raise OptionError(
+            f"The weight of this {type(module).__name__} does not exist yet: call the module with an example "
+            "first, or say how many inputs it has."
+        )
 
 
 def _check(module: Any, rate: float) -> None:

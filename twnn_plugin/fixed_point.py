@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from .errors import (
 )
 from .solvers import Control, Solver, linear
 from .solvers.base import is_number
-from .state import Layout
+from .state import Layout, check_dense
 from .types import AdjointReport, Iteration, Solution, State, Status, describe
 
 __all__ = ["check_control", "fix", "run"]
@@ -46,6 +48,7 @@ def fix(
     callback: Callable[[Iteration], None] | None = None,
     check_every: int | None = None,
     cuda_graphs: bool = False,
+    **unknown: Never,
 ) -> Solution:
     """Solve the fixed-point equation ``z = f(z, *context)`` for every row of a batch.
 
@@ -58,7 +61,8 @@ def fix(
     Args:
         f: ``f(z, *context) -> z_next``, of the same structure, shapes and dtypes. Parameters and
             other tensors that it closes over get gradients without being listed; tensors with one
-            row per sample must be context. It must be deterministic during one call.
+            row per sample must be context. It must be deterministic, and stay the same function until the
+            last backward pass (``docs/derivatives.md``: what may change in between).
         z0: starting state: a floating-point tensor (B, ...), or a tuple or dict of them.
         *context: tensors (B, ...) handed to ``f``, gathered as rows leave. Without context no row
             leaves; finished rows are evaluated to the end and ignored.
@@ -79,14 +83,17 @@ def fix(
         cuda_graphs: replay the evaluations between two looks as CUDA graphs. For small states, where the
             launches of kernels are the time. ``f`` must be capturable: no host synchronisation, no shapes
             that depend on values; the context is copied into memory of the graph's own.
+        **unknown: no other option exists; any raises, with the nearest name.
 
     Returns:
         A :class:`~twnn_plugin.types.Solution`.
 
     Raises:
-        OptionError: an option is out of range.
+        OptionError: an option does not exist or is out of range, such as a ``tol`` that ``stop="abs"`` could
+            not tell from zero in the state's dtype.
         UnknownNameError: no such solver or adjoint; the message has the nearest name.
-        MapError: ``f`` changes structure, shape or dtype, or a context tensor has another batch size.
+        MapError: ``f`` changes structure, shape, dtype or device, a context tensor has another batch size, or
+            a tensor is sparse.
         TransformError: the adjoint does not go with ``torch.func`` or forward-mode AD.
         FixedPointError: with ``throw=True``, rows did not converge; it holds the solution.
 
@@ -97,6 +104,8 @@ def fix(
         >>> solution = tw.fix(lambda z, x: torch.tanh(z @ w + x), torch.zeros(4, 8), x)
         >>> solution.value.sum().backward()
     """
+    if unknown:
+        raise _unknown(unknown)
     control = check_control(tol, max_iter, stop, norm, coupled, callback, check_every, cuda_graphs)
     if not isinstance(throw, bool):
         raise OptionError(f"throw must be True or False; got {throw!r}.")
@@ -105,6 +114,13 @@ def fix(
     method, derivative = _solver(solver), adjoints.registry.resolve(adjoint)
     work = _outside if torch.compiler.is_compiling() else _fix
     return work(f, z0, context, control, method, derivative, throw)
+
+
+def _unknown(given: Mapping[str, object]) -> OptionError:
+    parameters = inspect.signature(fix).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    name = next(iter(given))
+    return OptionError(f"fix has no option {name!r}.{nearest(name, known)} Its options: {', '.join(known)}.")
 
 
 def _solver(solver: str | Solver) -> Solver:
@@ -180,6 +196,8 @@ def _run(
     """The solution, and its statuses as a plain tensor, which can be looked at under ``vmap``, too."""
     layout, start = Layout.of(z0)
     for index, tensor in enumerate(context):
+        if isinstance(tensor, Tensor):
+            check_dense(tensor, f"Context {index}")
         if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.shape[0] != start.shape[0]:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise MapError(
@@ -227,15 +245,16 @@ def check_control(
     """The stopping rule, checked; options as in :func:`fix`.
 
     Raises:
-        OptionError: ``tol`` is not a positive number, ``max_iter`` is not a whole number >= 1, or
-            ``stop`` or ``norm`` is unknown.
+        OptionError: ``tol`` is not a positive number, ``max_iter`` is not a whole number >= 1,
+            ``stop`` or ``norm`` is unknown, or a switch is neither True nor False.
     """
     if not is_number(tol) or not 0 < tol < math.inf:
-        raise OptionError(f"tol must be a positive number; got {tol!r}.")
+        raise OptionError(f"tol must be a positive number; got {tol!r:.40}.")
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
         raise OptionError(f"max_iter must be a whole number, at least 1; got {max_iter!r}.")
-    if not isinstance(coupled, bool):
-        raise OptionError(f"coupled must be True or False; got {coupled!r}.")
+    for name, switch in (("coupled", coupled), ("cuda_graphs", cuda_graphs)):
+        if not isinstance(switch, bool):
+            raise OptionError(f"{name} must be True or False; got {switch!r}.")
     if callback is not None and not callable(callback):
         raise OptionError(f"callback must be a function of an Iteration, or None; got {callback!r}.")
     for name, value, known in (("stop", stop, STOPS), ("norm", norm, NORMS)):

@@ -7,7 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .certificates.linear import Jacobian, Krylov, check_context, outside_inference, probe
+from .certificates.linear import (
+    Jacobian,
+    Krylov,
+    check_context,
+    check_generator,
+    evaluated,
+    outside_inference,
+    probe,
+)
 from .certificates.spectrum import dominant
 from .errors import OptionError, nearest
 from .state import Layout
@@ -68,6 +76,7 @@ def jacobian_frobenius(
     if not exact and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise OptionError(f"samples must be a whole number, at least 1, or 'exact'; got {samples!r}.")
     _choice("reduction", reduction, _REDUCTIONS)
+    check_generator(generator)
     flat, fz = _attached(f, z, context, through_solution)
     batch, size = flat.shape
     total = flat.new_zeros(batch)
@@ -127,6 +136,7 @@ def spectral_penalty(
         raise OptionError(f"target must be a number, at least 0; got {target!r}.")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise OptionError(f"iterations must be a whole number, at least 1; got {iterations!r}.")
+    check_generator(generator)
     flat, fz = _attached(f, z, context, through_solution=False)
     if flat.numel() == 0:
         return _reduce(flat.new_zeros(flat.shape[0]), reduction)
@@ -188,7 +198,7 @@ def _attached(
         flat, context = outside_inference(flat), tuple(outside_inference(c) for c in context)
         if not through_solution or not flat.requires_grad:
             flat = flat.detach().requires_grad_()
-        return flat, layout.pack(f(layout.unpack(flat), *context), flat.shape[0])
+        return flat, evaluated(f, layout, flat, context)
 
 
 def _pull(fz: Tensor, flat: Tensor, u: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import MapError
 from .types import State
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "check_dense"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -32,8 +32,39 @@ def _parts(state: State, what: str) -> tuple[tuple[str, ...] | None, str, list[T
     return keys, kind, parts
 
 
+def check_dense(tensor: Tensor, what: str) -> None:
+    """Raise :class:`MapError` for a sparse or nested tensor, which has no rows that could be gathered."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        way = "torch.nested.to_padded_tensor" if tensor.is_nested else "to_dense()"
+        raise MapError(f"{what} must be dense; got {kind}. Make it dense with {way}.")
+
+
+def _check_devices(parts: Sequence[Tensor], what: str) -> None:
+    devices = {str(part.device) for part in parts}
+    if len(devices) > 1:
+        raise MapError(f"{what} must be on one device; got {', '.join(sorted(devices))}.")
+
+
 def _structure(kind: str, parts: Sequence[Any]) -> str:
     return f"a {kind}" if kind == "tensor" else f"a {kind} of {len(parts)}"
+
+
+def _described(kind: str, keys: Sequence[str] | None, parts: Sequence[str]) -> str:
+    if keys is not None:
+        parts = [f"{key!r}: {part}" for key, part in zip(keys, parts, strict=True)]
+    return f"a {kind} {'' if kind == 'tensor' else 'of '}{', '.join(parts)}"
+
+
+def _told(state: Any) -> str:
+    """What a user gave, in the words of :func:`_described`."""
+    try:
+        keys, kind, parts = _parts(state, "")
+    except MapError:
+        return f"something of type {type(state).__name__}"
+    dense = ["" if part.layout is torch.strided else f" {part.layout}" for part in parts]
+    told = [f"{tuple(p.shape)} {p.dtype}{d} on {p.device}" for p, d in zip(parts, dense, strict=True)]
+    return _described(kind, keys, told)
 
 
 @dataclass(frozen=True)
@@ -63,9 +94,11 @@ class Layout:
     def parts(self, stop: str) -> tuple[int, ...]:
         """Widths of the parts that must each settle: a norm over all would not see the small ones.
 
-        () for a state of one part, and where sizes are not compared with the state's.
+        () for a state of one part, and where sizes are not compared with the state's. Parts without entries
+        have nothing to settle, and are left out; the others still make up the matrix.
         """
-        return self.sizes if len(self.sizes) > 1 and stop == "rel" else ()
+        widths = tuple(size for size in self.sizes if size)
+        return widths if len(widths) > 1 and stop == "rel" else ()
 
     @cached_property
     def half(self) -> float:
@@ -83,10 +116,12 @@ class Layout:
         """The layout of a state and its (B, D) matrix.
 
         Raises:
-            MapError: not a tensor, tuple or dict of floating-point tensors with one batch size.
+            MapError: not a tensor, tuple or dict of dense floating-point tensors with one batch size on one
+                device.
         """
         keys, kind, parts = _parts(state, what)
         for part in parts:
+            check_dense(part, what)
             if part.dim() == 0:
                 raise MapError(f"{what} needs a batch as its first axis; got a scalar tensor.")
             if not part.is_floating_point():
@@ -94,6 +129,7 @@ class Layout:
         batches = {part.shape[0] for part in parts}
         if len(batches) > 1:
             raise MapError(f"The parts of {what} must have one batch size; got {sorted(batches)}.")
+        _check_devices(parts, f"The parts of {what}")
         dtypes = tuple(part.dtype for part in parts)
         work = torch.float64 if torch.float64 in dtypes else torch.float32
         shapes = tuple(part.shape[1:] for part in parts)
@@ -126,15 +162,55 @@ class Layout:
     def pack(self, state: State, rows: int) -> Tensor:
         """What ``f`` returned for ``rows`` rows, checked, as a (rows, D) matrix.
 
+        Whether it is on the device of ``z0`` shows where the two meet; see
+        :func:`~twnn_plugin.solvers.base.check_place`.
+
         Raises:
-            MapError: the structure, shapes or dtypes are not those of ``z0``.
+            MapError: the structure, shapes or dtypes are not those of ``z0``, or its parts cannot be put
+                side by side.
         """
-        if isinstance(state, Tensor) and self.kind == "tensor" and state.dtype is self.dtype:
-            # What nearly every f returns, with as few operations as there can be.
-            if self.flat and state.shape == (rows, self.sizes[0]):
-                return state
-            if state.shape == (rows, *self.shapes[0]):
-                return state.reshape(rows, self.sizes[0])
+        try:
+            if isinstance(state, Tensor) and self.kind == "tensor" and state.dtype is self.dtype:
+                # What nearly every f returns, with as few operations as there can be.
+                if self.flat and state.shape == (rows, self.sizes[0]):
+                    return state
+                if state.shape == (rows, *self.shapes[0]):
+                    return state.reshape(rows, self.sizes[0])
+            return self._matrix(self._checked(state, rows))
+        except RuntimeError:  # looked at only now, since a loop comes here at every evaluation
+            parts = _parts(state, "What f returns")[2]
+            for part in parts:
+                check_dense(part, "What f returns")
+            _check_devices(parts, "The parts of what f returns")
+            raise
+
+    def match(self, state: State, like: Tensor, what: str) -> Tensor:
+        """A state that does not come from ``f``, checked as :meth:`pack` does, as a (b, D) matrix.
+
+        Args:
+            state: of the structure of ``z0``.
+            like: (b, D) the states that it must match.
+            what: its name in messages.
+
+        Raises:
+            MapError: it is not of this structure, these shapes and dtypes, on this device.
+        """
+        rows = like.shape[0]
+        try:
+            matrix = self.pack(state, rows)
+        except MapError:
+            matrix = None
+        if matrix is None or matrix.device != like.device or matrix.layout is not torch.strided:
+            parts = zip(self.shapes, self.dtypes, strict=True)
+            wanted = [f"{(rows, *shape)} {dtype} on {like.device}" for shape, dtype in parts]
+            raise MapError(
+                f"{what} must match the state, {_described(self.kind, self.keys, wanted)}; got "
+                f"{_told(state)}."
+            )
+        return matrix
+
+    def _checked(self, state: State, rows: int) -> list[Tensor]:
+        """The parts of what ``f`` returned, in the order of ``z0``."""
         keys, kind, parts = _parts(state, "What f returns")
         if keys is not None and self.keys is not None:
             if set(keys) != set(self.keys):
@@ -157,4 +233,4 @@ class Layout:
             autocast = part.dtype in _HALF and torch.is_autocast_enabled(part.device.type)
             if part.dtype != dtype and not autocast:
                 raise MapError(f"f must keep the dtype of the state, {dtype}; it returned {part.dtype}.")
-        return self._matrix(parts)
+        return parts

@@ -12,7 +12,7 @@ from ..errors import OptionError, nearest
 from ..solvers.measure import EPS, measure
 from ..types import Solution, State, Status
 from .gradient import Cotangent, GradientError, amplification, gradient_error_of
-from .linear import Jacobian, solve_shifted
+from .linear import Jacobian, check_generator, solve_shifted
 from .spectrum import Estimate, lipschitz_of, radius_of
 
 __all__ = ["Certificate", "certify"]
@@ -92,7 +92,7 @@ def certify(
 
     Raises:
         OptionError: an option is out of range, or ``solution`` is no solution.
-        MapError: ``f`` or the context does not fit the state.
+        MapError: ``f``, the context or the cotangent does not fit the state.
     """
     if not isinstance(solution, Solution):
         raise OptionError(f"certify takes what fix returned, a Solution; got a {type(solution).__name__}.")
@@ -101,6 +101,7 @@ def certify(
             raise OptionError(f"{name} must be one of {known}; got {value!r}.{nearest(str(value), known)}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise OptionError(f"iterations must be a whole number, at least 1; got {iterations!r}.")
+    check_generator(generator)
     jacobian = Jacobian(f, solution.value, context)
     r = jacobian.residual
     if r.shape[1]:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import MapError, OptionError
 from ..state import Layout
 from ..types import Solution, State
-from .linear import Jacobian, probe, solve_shifted
+from .linear import Jacobian, check_generator, outside_inference, probe, solve_shifted
 from .spectrum import lipschitz_of, radius_of
 
 __all__ = ["Cotangent", "GradientError", "amplification", "gradient_error", "gradient_error_of"]
@@ -84,6 +84,7 @@ def gradient_error(
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise OptionError(f"iterations must be a whole number, at least 1; got {iterations!r}.")
+    check_generator(generator)
     state = solution.value if isinstance(solution, Solution) else solution
     jacobian = Jacobian(f, state, context)
     like = jacobian.z.detach()
@@ -130,7 +131,7 @@ def gradient_error_of(
     if before is None or after is None:
         before, after = u, u_moved
     state = _ratio(_norm(after - before), _norm(after))
-    residual = torch.as_tensor(adjoint_residual, device=z.device).to(z.dtype).expand(z.shape[0])
+    residual = _per_row(adjoint_residual, z)
     share = torch.where(residual == 0, 0.0, residual * factor)  # 0 * inf is no error
     adjoint = torch.where(u.isfinite().all(dim=1), _ratio(share * _norm(g), _norm(u)), float("nan"))
     weights = _weights(f, layout, (z, z + step), jacobian.context, (u, u_moved))
@@ -144,17 +145,42 @@ def gradient_error_of(
     return GradientError(state, adjoint, state + adjoint, weights)
 
 
+def _per_row(residual: Tensor | float, like: Tensor) -> Tensor:
+    """(B,) the backward residual of each row, from one for each or one for all."""
+    try:
+        tensor = torch.as_tensor(residual, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    good = tensor is not None and not tensor.is_complex() and tensor.dtype is not torch.bool
+    if tensor is None or not good or tensor.shape not in ((), (1,), like.shape[:1]):
+        got = repr(residual) if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
+        raise OptionError(
+            f"adjoint_residual must be a number, or a tensor of shape ({like.shape[0]},), one for each row; "
+            f"got {got}."
+        )
+    return tensor.to(like.dtype).expand(like.shape[0])
+
+
 def _cotangent(
     given: Cotangent | None, layout: Layout, z: Tensor, generator: torch.Generator | None
 ) -> Tensor:
     if given is None:
         return probe(z, None if generator is None else generator.clone_state())
     if not callable(given) or isinstance(given, Tensor):
-        return layout.pack(given, z.shape[0]).detach()
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
+        return layout.match(given, z, "The cotangent").detach()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = outside_inference(z).detach().requires_grad_()
         loss = given(layout.unpack(leaf))
-        (g,) = torch.autograd.grad(loss.sum(), leaf)
+        if not isinstance(loss, Tensor):
+            raise MapError(f"A cotangent that is a function must return a loss; got a {type(loss).__name__}.")
+        if not loss.requires_grad:
+            raise MapError(
+                "The cotangent's loss has no graph: it does not depend on the state, or was detached. Make "
+                "it of the state that the function is given, by differentiable operations."
+            )
+        (g,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+    if g is None:
+        raise MapError("The cotangent's loss does not depend on the state that the function is given.")
     return g
 
 
@@ -180,12 +206,14 @@ def _weights(
     context = [c.detach() for c in context]
     ends = []
     for z, u in zip(states, cotangents, strict=True):
-        with torch.enable_grad():
-            fz = layout.pack(f(layout.unpack(z), *context), z.shape[0])
-        into = _leaves_of(fz)
-        if not into:
-            return None
-        grads = torch.autograd.grad(fz, into, u, allow_unused=True, materialize_grads=True)
+        # As in the Jacobian: in inference mode there would be no graph, and no weights to speak of.
+        with torch.inference_mode(False), torch.enable_grad():
+            z, u = outside_inference(z), outside_inference(u)
+            fz = layout.pack(f(layout.unpack(z), *map(outside_inference, context)), z.shape[0])
+            into = _leaves_of(fz)
+            if not into:
+                return None
+            grads = torch.autograd.grad(fz, into, u, allow_unused=True, materialize_grads=True)
         ends.append(torch.cat([g.flatten().to(z.dtype) for g in grads]))
     return _ratio(_total(ends[1] - ends[0]), _total(ends[1]))
 

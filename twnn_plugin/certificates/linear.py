@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import MapError
-from ..state import Layout
+from ..errors import MapError, OptionError
+from ..solvers.base import check_place
+from ..state import Layout, check_dense
 from ..types import State
 
-__all__ = ["Jacobian", "Krylov", "Product", "check_context", "outside_inference", "probe", "solve_shifted"]
+__all__ = [
+    "Jacobian",
+    "Krylov",
+    "Product",
+    "check_context",
+    "check_generator",
+    "evaluated",
+    "outside_inference",
+    "probe",
+    "solve_shifted",
+]
 
 Product = Callable[[Tensor], Tensor]
 
@@ -34,7 +47,8 @@ class Jacobian:
         layout: that of ``z`` where it is known; then ``z`` is the (B, D) matrix.
 
     Raises:
-        MapError: ``f`` changes structure, shape or dtype, or a context tensor is not of B rows.
+        MapError: ``f`` changes structure, shape, dtype or device or takes another number of arguments, or a
+            context tensor is not of B rows.
     """
 
     def __init__(
@@ -56,7 +70,7 @@ class Jacobian:
             given = [outside_inference(c).detach() for c in context]
             self.context = [c.requires_grad_(c.is_floating_point()) for c in given]
             self.z = outside_inference(matrix).detach().requires_grad_()
-            self.fz = layout.pack(f(layout.unpack(self.z), *self.context), matrix.shape[0])
+            self.fz = evaluated(f, layout, self.z, self.context)
         self._push: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -112,11 +126,57 @@ def outside_inference(tensor: Tensor) -> Tensor:
 def check_context(context: Sequence[Tensor], batch: int) -> None:
     """Raise :class:`MapError` unless every context tensor has one row per sample."""
     for index, tensor in enumerate(context):
+        if isinstance(tensor, Tensor):
+            check_dense(tensor, f"Context {index}")
         if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.shape[0] != batch:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise MapError(
                 f"Context {index} must be a tensor with {batch} rows, one per sample of z; got {got}."
             )
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raise :class:`OptionError` unless it is a generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise OptionError(
+            "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), or None; got "
+            f"{generator!r}."
+        )
+
+
+def evaluated(f: Callable[..., State], layout: Layout, z: Tensor, context: Sequence[Tensor]) -> Tensor:
+    """``f(z, *context)`` as a (B, D) matrix.
+
+    Raises:
+        MapError: ``f`` cannot be called so, or returns another structure, shape, dtype or device.
+    """
+    if not callable(f):
+        raise MapError(f"f must be a function of (z, *context); got {f!r}.")
+    try:
+        value = f(layout.unpack(z), *context)
+    except TypeError as error:
+        if not _takes(f, 1 + len(context)):
+            raise MapError(
+                f"f does not take a state and {len(context)} context tensors ({error}). Pass the context "
+                "that fix was given, in its order."
+            ) from error
+        raise
+    fz = layout.pack(value, z.shape[0])
+    check_place(fz, z)
+    return fz
+
+
+def _takes(f: Callable[..., Any], arguments: int) -> bool:
+    """Whether a function can be called with so many positional arguments; True where that is unknown."""
+    try:
+        signature = inspect.signature(f.forward if isinstance(f, nn.Module) else f)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return True
+    try:
+        signature.bind(*range(arguments))
+    except TypeError:
+        return False
+    return True
 
 
 def probe(like: Tensor, generator: torch.Generator | None) -> Tensor:

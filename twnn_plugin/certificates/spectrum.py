@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..types import State
-from .linear import Jacobian, Krylov, Product, probe
+from .linear import Jacobian, Krylov, Product, check_generator, probe
 
 __all__ = [
     "Estimate",
@@ -73,7 +73,7 @@ def spectral_radius(
         OptionError: an option is out of range.
         MapError: ``f`` or the context does not fit the state.
     """
-    _check(iterations, tol)
+    _check(iterations, tol, generator)
     jacobian = Jacobian(f, z, context)
     return radius_of(jacobian.pull, jacobian.z.detach(), iterations, tol, generator)
 
@@ -109,7 +109,7 @@ def contraction_rate(
         OptionError: an option is out of range.
         MapError: ``f`` or the context does not fit the state.
     """
-    _check(iterations, tol)
+    _check(iterations, tol, generator)
     jacobian = Jacobian(f, z, context)
     return lipschitz_of(jacobian, iterations, tol, generator)
 
@@ -130,10 +130,11 @@ def observed_rate(residual: Tensor) -> Tensor:
     Raises:
         OptionError: not a (B, K) floating-point tensor.
     """
-    if residual.dim() != 2 or not residual.is_floating_point():
+    tensor = isinstance(residual, Tensor)
+    if not tensor or residual.dim() != 2 or not residual.is_floating_point():
+        got = f"{tuple(residual.shape)} of {residual.dtype}" if tensor else f"a {type(residual).__name__}"
         raise OptionError(
-            "observed_rate takes a (B, K) floating-point trace, such as Trace().residual; got "
-            f"{tuple(residual.shape)} of {residual.dtype}."
+            f"observed_rate takes a (B, K) floating-point trace, such as Trace().residual; got {got}."
         )
     usable = torch.isfinite(residual) & (residual > 0)
     order = usable.cumsum(dim=1)
@@ -232,7 +233,8 @@ def _filtered(space: Krylov, value: Tensor) -> Tensor:
     return space.combine(y)
 
 
-def _check(iterations: int, tol: float) -> None:
+def _check(iterations: int, tol: float, generator: torch.Generator | None) -> None:
+    check_generator(generator)
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise OptionError(f"iterations must be a whole number, at least 1; got {iterations!r}.")
     if not isinstance(tol, (int, float)) or not tol >= 0:

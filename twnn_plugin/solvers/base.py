@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import MapError, OptionError
 from ..types import Iteration
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Solver",
     "StepSolver",
     "WholeSolver",
+    "check_place",
     "check_whole",
     "is_number",
 ]
@@ -94,6 +96,8 @@ class Control:
     coarse: float = 0.0
 
     def __post_init__(self) -> None:
+        if 0 in self.parts:  # nothing to settle there, and no largest entry
+            object.__setattr__(self, "parts", tuple(width for width in self.parts if width))
         every = self.check_every
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise OptionError(f"check_every must be a whole number, at least 1, or None; got {every!r}.")
@@ -115,8 +119,22 @@ class Outcome:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is an int or a float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is an int that a float can hold or a float, and no bool."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, float)
+
+
+def check_place(fz: Tensor, z: Tensor) -> None:
+    """Raise :class:`~twnn_plugin.errors.MapError` unless ``f(z)`` can be compared with the states ``z``.
+
+    To be called with the first value in a solve: a map that has kept the device once keeps it.
+    """
+    if fz.device != z.device or fz.layout is not z.layout:
+        raise MapError(
+            f"f must return a dense state on the device of z0, {z.device}; it returned {fz.layout} on "
+            f"{fz.device}. Move what f closes over, such as its parameters, to that device."
+        )
 
 
 def check_whole(solver: str, option: str, value: object, least: int = 1) -> None:

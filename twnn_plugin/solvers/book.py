@@ -13,7 +13,7 @@ from ..types import Iteration, Status
 from .base import Control, Outcome, Problem
 from .measure import Threshold, classify, measure, report_residual
 
-__all__ = ["GROWTH", "PATIENCE", "Book", "stagnated"]
+__all__ = ["GROWTH", "PATIENCE", "Book", "joint_limit", "stagnated"]
 
 GROWTH = 1e6
 """A change this many times the first state and change is divergence, not a transient."""
@@ -34,6 +34,11 @@ def stagnated(change: Tensor, earlier: Tensor, size: Tensor, coarse: float = 0.0
     """
     floor = max(_FLOOR * torch.finfo(change.dtype).eps, _COARSE * coarse)
     return (change > 0.9 * earlier) & (change <= floor * size)
+
+
+def joint_limit(limit: Tensor) -> Tensor:
+    """(b,) the limit of coupled rows, from each one's own: the largest of a row that can be measured."""
+    return limit.nan_to_num(0.0, 0.0).amax().expand_as(limit)
 
 
 class _Piece(NamedTuple):
@@ -84,7 +89,7 @@ class Book:
         if self.limit is None:
             self.limit = GROWTH * (change + size)
             if control.coupled:  # a row that starts at rest may be set moving by another
-                self.limit = self.limit.amax().expand_as(self.limit)
+                self.limit = joint_limit(self.limit)
         going_on = (change > bound).logical_and_(change < self.limit)  # false for NaN
         self.change, self.size, self.bound, self.stalled = change, size, bound, None
         # What nearly every step is: all rows go on, and nobody wants to know more.

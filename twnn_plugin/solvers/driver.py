@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from . import hosting
-from .base import Control, Outcome, Problem, Solver, StepSolver, WholeSolver
+from .base import Control, Outcome, Problem, Solver, StepSolver, WholeSolver, check_place
 from .book import Book
 from .graphs import Graphs
 from .joint import Joint
@@ -28,10 +28,13 @@ def solve(solver: Solver, problem: Problem, z: Tensor, control: Control) -> Outc
 
     Raises:
         OptionError: ``cuda_graphs`` is asked for off CUDA, where gradients are recorded or with a solver
-            that runs its own loop.
+            that runs its own loop; or ``stop="abs"`` with a ``tol`` too small for the dtype of ``z``.
+        MapError: ``f`` returns a state on another device.
     """
     if control.cuda_graphs:
         _check_graphs(solver, z)
+    if control.stop == "abs" and control.scale is None:
+        _check_measurable(control, z.dtype)
     if z.shape[0] == 0 or z.shape[1] == 0:
         empty = torch.zeros(z.shape[0], device=z.device)
         return Outcome(z, empty.long(), empty.long(), empty)
@@ -71,6 +74,18 @@ def _check_graphs(solver: Solver, z: Tensor) -> None:
         )
 
 
+def _check_measurable(control: Control, dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    # A norm is the root of a sum of squares, which are zero below; the largest entry is what it is.
+    least = tiny if control.norm == "max" else tiny**0.5
+    if 0 < control.tol < least:
+        raise OptionError(
+            f"With stop='abs' and norm={control.norm!r} changes below {least:.1e} cannot be measured in "
+            f"{dtype}, so that a row would count as converged wherever it is; got tol={control.tol!r}. Raise "
+            "tol, scale the state up, or use stop='rel'."
+        )
+
+
 def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> Outcome:
     """Iterate a step solver until every row converged, failed or ran out of evaluations.
 
@@ -80,8 +95,9 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
     book = Book(z, control)
     state = solver.init(z)
     spare: Tensor | None = None
+    fz = problem.evaluate(z)
+    check_place(fz, z)
     for k in range(1, control.max_iter + 1):
-        fz = problem.evaluate(z)
         r = difference(fz, z, spare)
         if spare is None and not solver.keeps_residual and free_to_write(r):
             spare = r
@@ -100,6 +116,7 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
             z, state = z.index_select(0, keep), take(state, keep)
             problem.keep(keep)
             spare = None
+        fz = problem.evaluate(z)
     return book.outcome()
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..trees import rebuild
 from ..types import Status
-from .base import Control, Outcome, Problem, StepSolver
-from .book import GROWTH, PATIENCE, stagnated
+from .base import Control, Outcome, Problem, StepSolver, check_place
+from .book import GROWTH, PATIENCE, joint_limit, stagnated
 from .measure import Threshold, classify, measure, report_residual
 from .memory import device_only
 
@@ -88,6 +88,8 @@ class _Steps:
     def step(self, k: int, carry: Carry) -> Carry:
         z, alive = carry.z, carry.alive
         fz = self.problem.evaluate(z)
+        if k == 1:
+            check_place(fz, z)
         r = fz - z
         seen = r if self.control.seen is None else fz - self.control.seen.rounded(z)
         change, size = measure(seen.detach(), fz.detach(), self.control.norm, self.control.parts)
@@ -96,7 +98,7 @@ class _Steps:
         if limit is None:
             limit = GROWTH * (change + size)
             if self.control.coupled:
-                limit = limit.amax().expand_as(limit).contiguous()
+                limit = joint_limit(limit).contiguous()
         low = change < limit  # false for NaN
         over = (change < math.inf) ^ low
         going_on = (change > bound) & (low | (over > carry.over))  # twice over is divergence

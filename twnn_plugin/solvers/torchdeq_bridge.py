@@ -14,7 +14,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from ..errors import ConvergenceWarning, OptionError, nearest
 from ..state import Layout
 from ..types import Iteration, State, Status
 from . import registry
-from .base import Control, Outcome, Problem, WholeSolver, is_number
+from .base import Control, Outcome, Problem, WholeSolver, check_place, is_number
 from .book import Book
 from .driver import solve
 from .inplace import differentiable
@@ -53,6 +53,11 @@ class _Finished(Exception):
     """Leaves torchdeq's loop when no row is left to solve."""
 
 
+def _shown_copies(callback: Callable[[Iteration], None]) -> Callable[[Iteration], None]:
+    """A callback for states that are views of a buffer that torchdeq goes on writing to."""
+    return lambda seen: callback(replace(seen, value=seen.value.clone()))
+
+
 class _Steering:
     """``f`` as torchdeq calls it, on the whole (B, D) matrix.
 
@@ -61,6 +66,8 @@ class _Steering:
     """
 
     def __init__(self, problem: Problem, z: Tensor, control: Control):
+        if control.callback is not None:
+            control = replace(control, callback=_shown_copies(control.callback))
         self.problem = problem
         self.plain: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.control = control
@@ -85,6 +92,8 @@ class _Steering:
             z, self.start = self.start, None
         with self.plain():
             self.fz = fz = self.problem.evaluate(z)
+        if self.step == 1:
+            check_place(fz, z)
         leaving = self.book.look(self.step, z, fz, fz - z, self.problem)
         if leaving is not None:
             self.book.finish(leaving, self.step, z, fz)
@@ -150,7 +159,7 @@ class _Torchdeq(WholeSolver):
         if not good:
             raise OptionError(
                 f"Option {option} of solver '{PREFIX}{self.key}' must be {expected}; "
-                f"got {getattr(self, option)!r}."
+                f"got {getattr(self, option)!r:.40}."
             )
 
 
@@ -210,7 +219,7 @@ class TorchdeqAnderson(_Torchdeq):
 
     def __post_init__(self) -> None:
         self._check("m", isinstance(self.m, int) and self.m >= 2, "a whole number, at least 2")
-        self._check("lam", self.lam > 0, "positive")
+        self._check("lam", is_number(self.lam) and 0 < self.lam < math.inf, "a positive number")
         self._check("tau", is_number(self.tau) and 0 < self.tau < math.inf, "a positive number")
 
 
@@ -230,8 +239,10 @@ class TorchdeqBroyden(_Torchdeq):
     key: ClassVar[str] = "broyden"
 
     def __post_init__(self) -> None:
-        good = self.LBFGS_thres is None or (isinstance(self.LBFGS_thres, int) and self.LBFGS_thres >= 1)
+        kept = self.LBFGS_thres
+        good = kept is None or (isinstance(kept, int) and not isinstance(kept, bool) and kept >= 1)
         self._check("LBFGS_thres", good, "a whole number, at least 1, or None")
+        self._check("ls", isinstance(self.ls, bool), "True or False")
 
 
 SOLVERS: dict[str, Callable[..., WholeSolver]] = {
