@@ -38,7 +38,8 @@ def finished(tmp_path, digits):
 )
 def test_resuming_with_other_settings_is_refused(finished, digits, changes):
     name, value = next(iter(changes.items()))
-    with pytest.raises(CheckpointError, match=f"{name} was .* and is now {value!r}"):
+    option = "--" + name.replace("_", "-")
+    with pytest.raises(CheckpointError, match=f"{option} was .* and is now {value!r}"):
         train(replace(finished, resume="auto", **changes), data=digits)
 
 
@@ -90,7 +91,7 @@ def test_a_checkpoint_never_runs_code(tmp_path):
 def test_bare_weights_cannot_be_resumed_but_can_be_started_from(tmp_path, digits, finished):
     weights, _ = read_weights(Path(finished.output) / LAST)
     torch.save(weights, tmp_path / "bare.pth")
-    with pytest.raises(CheckpointError, match="initial_checkpoint"):
+    with pytest.raises(CheckpointError, match="--initial-checkpoint"):
         train(small(resume=str(tmp_path / "bare.pth")), data=digits)
     frozen = small(
         epochs=1, lr=1e-30, warmup_lr=0.0, initial_checkpoint=str(tmp_path / "bare.pth"), weight_decay=0.0

@@ -164,7 +164,7 @@ def test_resume_takes_the_settings_that_are_not_given(run_folder):
     assert (run_folder / "metrics.jsonl").read_bytes() == before
     refused = twnn("train", "--resume", run_folder, "--batch-size", "32")
     assert refused.exit_code == 2
-    assert "batch_size was 64 and is now 32" in refused.stderr
+    assert "--batch-size was 64 and is now 32" in refused.stderr
 
 
 def test_a_corrupt_checkpoint(run_folder, tmp_path):

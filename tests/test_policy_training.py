@@ -328,7 +328,7 @@ class TestResuming:
             if not name.startswith(("reward", "policy"))
         }
         check_same_run(old, settings, "x")
-        with pytest.raises(CheckpointError, match=r"reward_beta was 0\.3 and is now 0\.4"):
+        with pytest.raises(CheckpointError, match=r"--reward-beta was 0\.3 and is now 0\.4"):
             check_same_run(old, replace(settings, reward_beta=0.4), "x")
 
 
@@ -483,21 +483,21 @@ BAD = [
     (("train", "--policy", "dynalay", "--model", "twnn_resnet8_cifar"), "single spans"),
     (("train", "--policy", "gate", "--model", "dynalay_lstm3", "--dataset", "kjv-small"), "picks layers"),
     (("train", "--policy", "dynalay", "--policy-kwargs", "epsilon=3", "--dataset", "kjv-small"), "epsilon"),
-    (("train", "--policy-kwargs", "epsilon=0.1"), "name one with policy"),
+    (("train", "--policy-kwargs", "epsilon=0.1"), "name one with --policy"),
     (("train", "--policy", "dynalay", "--policy-kwargs", "epsilon"), "--policy-kwargs takes NAME=VALUE"),
     (("train", "--reward-alpha", "0", "--reward-beta", "0"), "says nothing"),
-    (("train", "--reward-lambda", "0"), "reward_lambda=0"),
-    (("train", "--reward-alpha", "-1"), "reward_alpha=-1"),
+    (("train", "--reward-lambda", "0"), "--reward-lambda=0"),
+    (("train", "--reward-alpha", "-1"), "--reward-alpha=-1"),
     (("train", "--reward-beta", "0.2"), "would do nothing"),
     (("train", "--closed-weight", "0.2"), "would do nothing"),
-    (("train", "--main-epochs", "15", "--agent-epochs", "6"), "more than epochs=20"),
+    (("train", "--main-epochs", "15", "--agent-epochs", "6"), "more than --epochs=20"),
     (("train", "--dataset", "kjv-smal"), "Did you mean 'kjv-small'"),
     (("train", "--dataset", "wikitext-2", "--data-dir", "{tmp}/none"), "wiki.train.tokens"),
     (("train", "--dataset", "text", "--data-dir", "{tmp}"), "train.txt is empty"),
-    (("train", "--dataset", "kjv-small", "--hflip", "0.5"), "hflip is for images"),
-    (("train", "--text-length", "8"), "text_length is for texts"),
+    (("train", "--dataset", "kjv-small", "--hflip", "0.5"), "--hflip is for images"),
+    (("train", "--text-length", "8"), "--text-length is for texts"),
     (("train", "--dataset", "kjv-small", "--text-length", "20000"), "--text-length"),
-    (("train", "--dataset", "kjv-small", "--vocab-size", "2"), "vocab_size=2"),
+    (("train", "--dataset", "kjv-small", "--vocab-size", "2"), "--vocab-size=2"),
     (("train", "--dataset", "kjv-small", "--model", "cnn3"), "does not read text"),
     (("train", "--dataset", "digits", "--model", "lstm3"), "reads text"),
     (("train", "--dataset", "kjv-small", "--model-kwargs", "vocab_size=9"), "outside the vocabulary of 9"),

@@ -299,7 +299,7 @@ def test_eval_with_the_weights_that_ship(tmp_path):
 
 
 def test_pathfinder_is_trained_like_images(tmp_path, monkeypatch):
-    from zoo.tasks import run as module
+    from zoo.tasks import images as module
 
     splits = module.pathfinder_splits
     monkeypatch.setattr(module, "pathfinder_splits", lambda n, pixels: splits(n, 64, 16, pixels=pixels))

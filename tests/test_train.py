@@ -111,7 +111,7 @@ def test_broken_weights_do_not_replace_good_ones(tmp_path, digits):
     config = small(
         output=str(tmp_path / "run"), epochs=1, lr=1e30, sched="none", opt="sgd", checkpoint_interval=1
     )
-    with pytest.raises(TrainingError, match="Lower lr"):
+    with pytest.raises(TrainingError, match="Lower --lr"):
         train(config, data=digits)
     if (tmp_path / "run" / LAST).exists():
         weights, _ = read_weights(tmp_path / "run" / LAST)
@@ -144,7 +144,7 @@ def test_impossible_settings(changes, message):
         ({"opt": "adamm"}, "Unknown optimizer 'adamm'.*Did you mean"),
         ({"device": "nowhere"}, "device 'nowhere'"),
         ({"model": "vit_tiny_patch16_224"}, r"\(1, 8, 8\)"),
-        ({"resume": "auto"}, "give output"),
+        ({"resume": "auto"}, "folder of --output"),
     ],
 )
 def test_impossible_runs(digits, changes, message):

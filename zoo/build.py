@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import twnn_plugin  # noqa: F401  (registers our models with timm)
@@ -58,13 +60,21 @@ def create(name: str, pretrained: bool = False, options: Mapping[str, Any] | Non
 
     Raises:
         ConfigError: an option that the model does not take or a value that it cannot be built with, or there
-            are no published weights, or they are of a model with other options.
+            are no published weights, or they are of a model with other options, or the files of the model
+            cannot be read or fetched.
         UnknownNameError, AttachError, MapError: see there.
     """
     try:
         return timm.create_model(name, pretrained=pretrained, **(options or {}))
     except (ZooError, UnknownNameError, AttachError, MapError):
         raise  # they say what to do
+    except (OSError, SafetensorError, UnpicklingError, KeyError) as error:  # of files and of networks
+        if isinstance(error, KeyError) and not name.startswith(_REMOTE):
+            raise  # not of a config.json that lacks an entry
+        raise ConfigError(
+            f"The files of the model {name!r} cannot be read or fetched ({_reason(error)}). Check its name "
+            "or path, and that the hub it comes from can be reached."
+        ) from error
     except (TypeError, ValueError, RuntimeError) as error:
         given = {key: _short(value) for key, value in (options or {}).items()}
         weights = " with its published weights" if pretrained else ""
@@ -72,6 +82,12 @@ def create(name: str, pretrained: bool = False, options: Mapping[str, Any] | Non
         raise ConfigError(
             f"The model {name!r} cannot be built{weights} from these options ({given}): {reason}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what ``error`` says: those of hubs go on with addresses and advice of their own."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0].strip()[:200]}" if said else type(error).__name__
 
 
 def _short(value: Any) -> Any:
@@ -89,8 +105,8 @@ def _check_fit(name: str, model: nn.Module, spec: DataSpec) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"The model {name!r} does not take images of {spec.input_size}, as {spec.name!r} gives them: "
-            f"{reason}. Deliver another size (img_size), or build the model for this one if it has "
-            f"such an option (model_kwargs img_size={spec.img_size})."
+            f"{reason}. Deliver another size (--img-size), or build the model for this one if it has "
+            f"such an option (--model-kwargs img_size={spec.img_size})."
         ) from error
     finally:
         model.train(was_training)
@@ -115,9 +131,10 @@ def fill_in(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> N
     """``load_state_dict`` with an error that names the file."""
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # TypeError: not a mapping
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join(lines[1:3] or lines)[:300]
         raise CheckpointError(
-            f"The weights in {path} do not fit this model: {' '.join(lines[1:3])[:300]} "
+            f"The weights in {path} do not fit this model: {said} "
             "Build the model with the options it was trained with."
         ) from None

@@ -14,9 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import CheckpointError
+from .config import TrainConfig
+from .errors import CheckpointError, ConfigError
 
-__all__ = ["BEST", "LAST", "load_checkpoint", "read_weights", "restore_rng", "rng_state", "save_checkpoint"]
+__all__ = [
+    "BEST",
+    "LAST",
+    "load_checkpoint",
+    "read_weights",
+    "restore_rng",
+    "rng_state",
+    "save_checkpoint",
+    "settings_of",
+]
 
 LAST, BEST = "last.pth.tar", "best.pth.tar"
 FORMAT = 1
@@ -106,18 +116,31 @@ def load_checkpoint(path: Path, keys: Sequence[str] = _RUN_KEYS) -> dict[str, An
         keys: what it must hold.
 
     Raises:
-        CheckpointError: missing, corrupt, or not written by a training run of ours.
+        CheckpointError: missing, corrupt, or not written by a training run of ours, or with settings that
+            no run can have.
     """
     state = _read(path)
     missing = [key for key in keys if key not in state]
     if missing:
         raise CheckpointError(
             f"{path} cannot be resumed: it has no {', '.join(missing)}. It may hold bare weights; "
-            "start from them with initial_checkpoint."
+            "start from them with --initial-checkpoint."
         )
     if state["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {state['format']}; this version reads format {FORMAT}.")
+    if "config" in keys:
+        settings_of(state["config"], path)
     return state
+
+
+def _check_weights(weights: Any, path: Path) -> None:
+    """``CheckpointError`` unless ``weights`` is a state dict."""
+    is_dict = isinstance(weights, Mapping) and bool(weights)
+    if not is_dict or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise CheckpointError(
+            f"{path} holds no weights: expected a state dict, names with tensors, alone or under "
+            f"'state_dict'; found a {type(weights).__name__}. Take another file."
+        )
 
 
 def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -135,10 +158,21 @@ def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Any], dict
     """
     state = _read(path)
     weights = (state.get("state_dict_ema") if use_ema else None) or state.get("state_dict", state)
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path} holds no weights: expected a state dict, alone or under 'state_dict'.")
+    _check_weights(weights, path)
     config = state.get("config")
     return weights, config if isinstance(config, dict) else None
+
+
+def settings_of(saved: Mapping[str, Any], path: Path) -> TrainConfig:
+    """The settings of the run that wrote ``path``, as found in it.
+
+    Raises:
+        CheckpointError: some setting does not exist or has an impossible value.
+    """
+    try:
+        return TrainConfig.from_dict(saved)
+    except ConfigError as error:
+        raise CheckpointError(f"The settings in {path} are not those of a run: {error}") from None
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

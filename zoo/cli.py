@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .config import TrainConfig
+from .config import TrainConfig, check_same_run
 from .errors import ConfigError, ZooError
 from .options import (
     TASK_OPTIONS,
@@ -30,9 +31,12 @@ from .options import (
     task_options,
 )
 
+if TYPE_CHECKING:
+    from .train import TrainResult
+
 __all__ = ["main"]
 
-LIST_KINDS = ("models", "solvers", "linear_solvers", "adjoints", "blocks", "gates", "policies")
+LIST_KINDS = ("models", "solvers", "linear_solvers", "adjoints", "blocks", "gates", "policies", "backbones")
 
 
 def _is_users(error: Exception) -> bool:
@@ -63,8 +67,9 @@ class OneLine(click.Group):
         except click.ClickException as error:
             place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "twnn"
             _fail(f"{error.format_message()} See '{place} --help'.")
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("Interrupted. What was saved goes on with --resume auto.", err=True)
+        except (KeyboardInterrupt, click.Abort) as error:
+            cause = error.__cause__ or error  # click raises its own exception from Ctrl-C's
+            click.echo(" ".join(["Interrupted.", *getattr(cause, "__notes__", [])]), err=True)
             sys.exit(130)
         except BrokenPipeError:  # the reader of our output has gone, as in 'twnn list | head'
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,7 +86,14 @@ def _fail(message: str) -> None:
 
 
 class WithModelKwargs(click.Command):
-    """A command whose ``--model-kwargs`` takes several NAME=VALUE, as timm's script does."""
+    """A command whose ``--model-kwargs`` takes several NAME=VALUE, as timm's script does.
+
+    An option that is both a setting of a run and one of generated tasks (``--contour-length``) is there once.
+    """
+
+    def __init__(self, name: str | None, *, params: list[click.Parameter] | None = None, **extra: Any):
+        once = {param.name: param for param in params or []}
+        super().__init__(name, params=list(once.values()), **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat the option for each value, which is what click can read."""
@@ -141,38 +153,73 @@ def train(ctx: click.Context, **options: Any) -> None:
     TensorBoard events, last.pth.tar and best.pth.tar. With --resume, settings that are not given are
     those of the checkpoint. Several GPUs: torchrun --nproc-per-node N -m zoo.cli train ...
     """
-    from .tasks.catalog import task_of_model
+    try:
+        message = _train(ctx, options)
+    except KeyboardInterrupt as error:
+        error.add_note("What was saved goes on with --resume auto.")
+        raise
+    if int(os.environ.get("RANK", "0")) == 0:
+        click.echo(message)
 
-    task = task_of_model(options["model"])
+
+def _train(ctx: click.Context, options: dict[str, Any]) -> str:
+    """Train by the kind of model; what to tell the user."""
+    from .tasks.catalog import check_model, task_of_model
+
+    given = explicit_values(ctx, options)
+    _take_resumed_model(options, given)
+    model = options["model"]
+    task = task_of_model(model)
     if task is not None and task.name != "pathfinder":
         from .tasks.run import train_from_options
 
         options["model_kwargs"] = parse_model_kwargs(options["model_kwargs"])
-        click.echo(train_from_options(options, explicit_values(ctx, options), _console()))
-        return
-    from .data.text_specs import is_text, text_name
+        return train_from_options(options, explicit_values(ctx, options), _console())
     from .train import train as run
 
     own = {name: options.pop(name) for name in TASK_OPTIONS if name in options and name != "seed"}
-    data = None
-    if task is None:
-        refuse_task_options(own, options["model"], own)
-    else:
-        from .tasks.run import pathfinder_data
+    if task is not None:
+        from .tasks.images import complete_pathfinder, pathfinder_data
 
-        data = pathfinder_data(own, options, explicit_values(ctx, options))
-    _choose_model(options, explicit_values(ctx, options))
+        complete_pathfinder(own, options, given)
+        config = _train_config(ctx, options)
+        return _told(config, run(config, data=pathfinder_data(config), console=_console()))
+    if any(value is not None for value in own.values()):
+        check_model(model)
+    refuse_task_options(own, model, own)
+    _choose_model(options, given)
     config = _train_config(ctx, options)
-    result = run(config, data=data, console=_console())
-    if int(os.environ.get("RANK", "0")) == 0:
-        best = f"accuracy {100 * result.best_metric:.2f} %"
-        if is_text(config.dataset) and text_name(config.dataset).task == "language":
-            best = f"perplexity {1 / result.best_metric:.2f}"
-        click.echo(
-            f"Trained {config.model} on {config.dataset}: {result.updates} updates in "
-            f"{result.seconds:.1f} s, best validation {best} "
-            f"in epoch {result.best_epoch + 1}. Next: twnn eval --checkpoint {result.best_checkpoint}"
+    return _told(config, run(config, console=_console()))
+
+
+def _told(config: TrainConfig, result: TrainResult) -> str:
+    """What an ordinary training ended with, and what comes next."""
+    from .data.text_specs import is_text, text_name
+
+    best = f"accuracy {100 * result.best_metric:.2f} %"
+    if is_text(config.dataset) and text_name(config.dataset).task == "language":
+        best = f"perplexity {1 / result.best_metric:.2f}"
+    return (
+        f"Trained {config.model} on {config.dataset}: {result.updates} updates in "
+        f"{result.seconds:.1f} s, best validation {best} in epoch {result.best_epoch + 1}. "
+        f"Next: twnn eval --checkpoint {shlex.quote(str(result.best_checkpoint))}"
+    )
+
+
+def _take_resumed_model(options: dict[str, Any], given: dict[str, Any]) -> None:
+    """Where a run is resumed: its model, by which the kind of the training is told."""
+    from .tasks.saved import resumed_model
+
+    model = resumed_model(options["resume"], options["output"])
+    if model is None:
+        return
+    if given.get("model") not in (None, model):
+        where = options["output"] if options["resume"] == "auto" else options["resume"]
+        raise ConfigError(
+            f"{where} holds a run of {model}, not of {given['model']}. Leave --model out to go on with it, "
+            "or begin another run in another folder (--output)."
         )
+    options["model"] = model
 
 
 def _choose_model(options: dict[str, Any], given: dict[str, Any]) -> None:
@@ -199,8 +246,11 @@ def _train_config(ctx: click.Context, options: dict[str, Any]) -> TrainConfig:
     path = resume_path(config)
     if path is None:
         return config
-    saved = TrainConfig.from_dict(load_checkpoint(path)["config"])
-    return replace(saved, output=config.output, **{k: v for k, v in given.items() if k != "output"})
+    values = load_checkpoint(path)["config"]
+    saved = TrainConfig.from_dict(values)
+    config = replace(saved, output=config.output, **{k: v for k, v in given.items() if k != "output"})
+    check_same_run(values, config, path)  # before data are drawn for nothing
+    return config
 
 
 def _run_name(model: str, dataset: str) -> str:
@@ -243,7 +293,8 @@ def evaluate(**options: Any) -> None:
     """Accuracy, calibration, solver steps, open gates and latency of a model.
 
     Models of generated tasks (twnn_prefix --bits 512, twnn_maze --maze-size 59, ...): whole answers right,
-    statuses and steps; with the weights that ship unless there is a --checkpoint.
+    statuses and steps; with the weights that ship unless there is a --checkpoint, whose options of the model
+    and whose size hold where none are given.
     """
     json_file: Path | None = options.pop("json_file")
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -253,13 +304,19 @@ def evaluate(**options: Any) -> None:
     if options["policy_kwargs"] and options["policy"] is None:
         raise ConfigError("--policy-kwargs are options of a policy; name one with --policy.")
     title, figures, rows = _evaluate(options)
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     _print_table(title, ("figure", "value"), rows)
     if figures.get("sweep"):
         from .evalrun import sweep_rows
 
         _print_table("Without retraining, by what iterating costs", *sweep_rows(figures))
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"The figures above are not in --json {json_file}: {error.strerror or error}. Name a file "
+                "in a folder that can be written to."
+            ) from None
 
 
 _NOT_FOR_TASKS: dict[str, Any] = {
@@ -276,13 +333,15 @@ _NOT_FOR_TASKS: dict[str, Any] = {
 def _evaluate(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sequence[Sequence[str]]]:
     """Title, figures and rows of a table, by the kind of model."""
     from .evalrun import evaluate_from_options, figure_rows
-    from .tasks.catalog import task_of_model
+    from .tasks.catalog import check_model, task_of_model
 
     name, checkpoint = options["model"], options["checkpoint"]
     if name is None and checkpoint is not None:
-        from .checkpoint import read_weights
+        from .tasks.saved import saved_settings
 
-        name = (read_weights(Path(checkpoint))[1] or {}).get("model")
+        name = saved_settings(Path(checkpoint)).model
+        if name is None:
+            raise ConfigError(f"{checkpoint} does not say which model its weights are of: give --model too.")
     if name is not None and task_of_model(name) is not None:
         from .tasks.run import evaluate_task, score_rows
 
@@ -292,6 +351,8 @@ def _evaluate(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sequence[Se
                 raise ConfigError(f"--{no}{option.replace('_', '-')} does not apply to {name}.")
         title, figures = evaluate_task({**options, "model": name}, _console())
         return title, figures, score_rows(figures)
+    if name is not None and any(options[option] is not None for option in TASK_OPTIONS if option in options):
+        check_model(name)
     refuse_task_options(options, name, TASK_OPTIONS)
     title, figures = evaluate_from_options(options, _console())
     return title, figures, figure_rows(figures)

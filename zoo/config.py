@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import CheckpointError, ConfigError
 
@@ -62,6 +64,7 @@ class TrainConfig:
     text_length: int | None = _opt(None, "Texts: tokens of a window or document (default: the set's own).")
     vocab_size: int | None = _opt(None, "Texts: size of the vocabulary (default: the set's own).")
     img_size: int | None = _opt(None, "Height and width of the images, in pixels (default: the set's own).")
+    contour_length: int | None = _opt(None, "Pathfinder: dashes in a contour (default: 14).")
     epochs: int = _opt(20, "Passes over the training set.")
     batch_size: int = _opt(64, "Images per update and process.")
     workers: int = _opt(0, "Processes that decode and augment images.")
@@ -122,7 +125,9 @@ class TrainConfig:
     amp_dtype: str = _opt("float16", "Its type; on a CPU always bfloat16.", AMP_DTYPES)
     device: str | None = _opt(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one).")
     deterministic: bool = _opt(True, "Kernels that give the same bits every time (on a GPU slower).")
-    output: str | None = _opt(None, "Folder of the run; without one nothing is written.")
+    output: str | None = _opt(
+        None, "Folder of the run (default: output/MODEL-DATASET; from Python: none, and nothing is written)."
+    )
     resume: str | None = _opt(None, "A checkpoint or a run's folder; auto: --output's own, if there is one.")
     checkpoint_interval: int = _opt(0, "Updates between checkpoints; 0: one at the end of each epoch.")
     log_interval: int = _opt(50, "Updates between lines in metrics.jsonl; 0: one line per epoch.")
@@ -148,23 +153,28 @@ class TrainConfig:
         self._require("text_length", self.text_length is None or self.text_length >= 1, "at least 1 token")
         self._require("vocab_size", self.vocab_size is None or self.vocab_size >= 4, "at least 4")
         self._require("img_size", self.img_size is None or self.img_size >= 1, "at least 1 pixel")
+        if self.contour_length is not None:
+            self._require("contour_length", 2 <= self.contour_length <= 14, "2 to 14 dashes")
+            self._require("contour_length", self.dataset == "pathfinder", "dataset pathfinder with it")
         for item in fields(self):
             choices, value = item.metadata.get("choices"), getattr(self, item.name)
             if choices and value is not None:
                 self._require(item.name, value in choices, f"one of {', '.join(choices)}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ConfigError(f"Mixup pairs images of a batch, so batch_size={self.batch_size} must be even.")
+            raise ConfigError(
+                f"Mixup pairs images of a batch, so --batch-size={self.batch_size} must be even."
+            )
         if 1 < self.epochs <= self.warmup_epochs and self.sched != "none":
             raise ConfigError(
-                f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; take fewer."
+                f"--warmup-epochs={self.warmup_epochs} leaves nothing of --epochs={self.epochs}; take fewer."
             )
 
     def _check_policy(self) -> None:
         if self.policy_kwargs and self.policy is None:
-            raise ConfigError("policy_kwargs are options of a policy; name one with policy.")
+            raise ConfigError("--policy-kwargs are options of a policy; name one with --policy.")
         if self.reward_alpha + self.reward_beta <= 0:
             raise ConfigError(
-                "reward_alpha and reward_beta are both 0: the reward says nothing. Set one of them."
+                "--reward-alpha and --reward-beta are both 0: the reward says nothing. Set one of them."
             )
         for name in ("main_epochs", "agent_epochs"):
             value = getattr(self, name)
@@ -172,13 +182,15 @@ class TrainConfig:
         self._require("main_share", self.main_share is None or 0 <= self.main_share <= 1, "between 0 and 1")
         if (self.main_epochs or 0) + (self.agent_epochs or 0) > self.epochs:
             raise ConfigError(
-                f"main_epochs={self.main_epochs} and agent_epochs={self.agent_epochs} are more than "
-                f"epochs={self.epochs} together; take fewer."
+                f"--main-epochs={self.main_epochs} and --agent-epochs={self.agent_epochs} are more than "
+                f"--epochs={self.epochs} together; take fewer."
             )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ConfigError(f"{name}={getattr(self, name)!r} is not possible: expected {expected}.")
+            raise ConfigError(
+                f"{_option(name)}={getattr(self, name)!r} is not possible: expected {expected}."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as written to ``args.json`` and into checkpoints."""
@@ -188,15 +200,48 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`as_dict`; a name that is no setting raises ``ConfigError``."""
+        """The inverse of :meth:`as_dict`.
+
+        Raises:
+            ConfigError: a name that is no setting, a value of a wrong type, or an impossible one.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"Expected settings by name; got a {type(values).__name__}.")
         known = {item.name for item in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(str(name) for name in set(values) - known)
         if unknown:
             raise ConfigError(f"Not a setting of a run: {', '.join(unknown)}.")
         values = dict(values)
         if "decay_milestones" in values:
-            values["decay_milestones"] = tuple(values["decay_milestones"])
+            milestones = values["decay_milestones"]
+            values["decay_milestones"] = tuple(milestones) if isinstance(milestones, list) else milestones
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
+            if not any(_fits(value, kind) for kind in kinds):
+                expected = " or ".join(_WORDS[get_origin(kind) or kind] for kind in kinds)
+                raise ConfigError(f"{_option(name)}={value!r} is not possible: expected {expected}.")
         return cls(**values)
+
+
+def _option(name: str) -> str:
+    """A setting as users type it; messages are the same from Python."""
+    return "--" + name.replace("_", "-")
+
+
+_WORDS = {
+    **{str: "text", int: "a whole number", float: "a number", bool: "True or False", NoneType: "None"},
+    **{dict: "values by name", tuple: "whole numbers"},
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether ``value`` is of the annotated type ``kind``; a whole number is a number too."""
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+    return isinstance(value, get_origin(kind) or kind)
 
 
 def check_same_run(saved: Mapping[str, Any], config: TrainConfig, path: object) -> None:
@@ -213,12 +258,12 @@ def check_same_run(saved: Mapping[str, Any], config: TrainConfig, path: object) 
     now = config.as_dict()
     before = {**TrainConfig().as_dict(), **saved}  # settings that an older version did not have
     differing = [
-        f"{name} was {before[name]!r} and is now {now[name]!r}"
+        f"{_option(name)} was {before[name]!r} and is now {now[name]!r}"
         for name in now
         if name not in FREE_FIELDS and before[name] != now[name]
     ]
     if differing:
         raise CheckpointError(
             f"{path} belongs to a run with other settings: {'; '.join(differing)}. Repeat the settings of "
-            "that run, or begin a new one in another folder (initial_checkpoint takes over the weights)."
+            "that run, or begin a new one in another folder (--initial-checkpoint takes over the weights)."
         )

@@ -76,7 +76,9 @@ def find_data(config: TrainConfig) -> AnyData:
     for name in IMAGE_SETTINGS if text else TEXT_SETTINGS:
         if getattr(config, name) != getattr(plain, name):
             kind, other = ("a text", "images") if text else ("a set of images", "texts")
-            raise ConfigError(f"{name} is for {other}; {config.dataset!r} is {kind}. Leave it out.")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for {other}; {config.dataset!r} is {kind}. Leave it out."
+            )
     if text:
         return load_text(
             config.dataset,
@@ -169,7 +171,7 @@ def _check_policy(name: str, policy: str, made: Policy) -> None:
         way = f"Take {other!r}" if other else "Take a dynalay_ or twnn_ model"
         raise ConfigError(
             f"The model {name!r} has nothing that could be iterated, so that policy {policy!r} would do "
-            f"nothing. {way}, or leave policy out."
+            f"nothing. {way}, or leave --policy out."
         )
     if name.startswith("dynalay_") and _for_spans(made):
         raise ConfigError(
@@ -206,6 +208,6 @@ def _text_model(name: str, spec: TextSpec, options: dict[str, Any]) -> nn.Module
     if logits.shape != wanted:
         raise ConfigError(
             f"The model {name!r} gives logits of shape {tuple(logits.shape)} for 2 texts; {spec.name!r} "
-            f"needs {wanted}. Leave num_classes and task to the data set."
+            f"needs {wanted}. Leave num_classes and task out of --model-kwargs: the data set gives them."
         )
     return model.train()

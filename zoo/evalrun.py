@@ -1,5 +1,8 @@
 """``twnn eval``: from options to figures."""
 
+# timm re-exports its public names without __all__, which pyright takes for private.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -14,7 +17,7 @@ from twnn_plugin.selection import Reward, selection_of
 from twnn_plugin.selection.protocols import CostWeighted, Learner
 
 from .build import fill_in
-from .checkpoint import read_weights
+from .checkpoint import read_weights, settings_of
 from .config import TrainConfig
 from .construct import AnyBatches, construct, find_data, plain_batches
 from .distributed import World, pick_device
@@ -31,6 +34,7 @@ _INHERITED = (
     *("model", "model_kwargs", "dataset", "data_dir", "img_size"),
     *("policy", "policy_kwargs", "text_level", "text_length", "vocab_size"),
 )
+_SEED = TrainConfig().seed  # of weights that nobody trained, and of policies that choose at random
 _DATA = ("dataset", "data_dir", "dataset_download", "img_size", "text_level", "text_length", "vocab_size")
 
 
@@ -42,25 +46,29 @@ def evaluate_from_options(options: Mapping[str, Any], console: Any = None) -> tu
         console: for progress.
 
     Returns:
-        A title, and the figures of :class:`~zoo.evaluate.EvalResult` with the settings beside them.
+        A title, which says where the weights are untrained, and the figures of
+        :class:`~zoo.evaluate.EvalResult` with the settings beside them.
 
     Raises:
         ConfigError: neither a model nor a checkpoint, solver settings for a model without wormholes, a policy
             that it cannot take, or a sweep of costs for a policy that has none.
         CheckpointError, DataError: see there.
     """
-    weights, saved, checkpoint = None, None, options["checkpoint"]
+    from timm.utils import random_seed
+
+    weights, run, checkpoint = None, None, options["checkpoint"]
     if checkpoint is not None:
         weights, saved = read_weights(Path(checkpoint), options["use_ema"])
-    chosen, reward = _inherit(options, saved), None
-    if saved is not None:
-        reward = reward_from(TrainConfig.from_dict(saved))
+        run = None if saved is None else settings_of(saved, Path(checkpoint))
+    chosen = _inherit(options, run)
+    reward = None if run is None else reward_from(run)
     dataset = chosen["dataset"] or "digits"
     if chosen["model"] is None:
         raise ConfigError("Give --checkpoint, or --model to evaluate a model as it is built.")
     device = pick_device(options["device"])
     wanted = {"dataset": dataset, **{name: chosen[name] for name in _DATA if chosen.get(name)}}
     data = find_data(TrainConfig.from_dict(wanted))
+    random_seed(_SEED)
     model = construct(
         chosen["model"],
         data,
@@ -71,7 +79,9 @@ def evaluate_from_options(options: Mapping[str, Any], console: Any = None) -> tu
     )
     if checkpoint is not None and weights is not None:
         fill_in(model, weights, checkpoint)
-    changed = _configure(model, options, replace=saved is not None)
+    trained = checkpoint is not None or options["pretrained"]
+    source = str(checkpoint or "published") if trained else f"untrained (drawn with seed {_SEED})"
+    changed = _configure(model, options, replace=run is not None)
     batches = plain_batches(data, options["split"], options["batch_size"], options["workers"], World(device))
     weighted = _cost_weighted(model, chosen["model"]) if options["cost_weights"] else None
     turns = 1 if weighted is None else 1 + len(options["cost_weights"])
@@ -83,11 +93,12 @@ def evaluate_from_options(options: Mapping[str, Any], console: Any = None) -> tu
             advance=bar.advance,
             reward=reward,
         )
-        about = {"model": chosen["model"], "dataset": dataset, "split": options["split"]}
+        about = {"model": chosen["model"], "weights": source, "dataset": dataset, "split": options["split"]}
         figures = {**about, "device": str(device), **changed, **result.as_dict()}
         if weighted is not None:
             figures["sweep"] = _sweep(model, weighted, batches, device, options, bar.advance, reward)
-    return f"{chosen['model']} on {dataset} ({options['split']})", figures
+    note = "" if trained else ", untrained weights"
+    return f"{chosen['model']} on {dataset} ({options['split']}){note}", figures
 
 
 def _configure(model: nn.Module, options: Mapping[str, Any], replace: bool) -> dict[str, Any]:
@@ -173,12 +184,11 @@ def sweep_rows(figures: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[
     return head, table
 
 
-def _inherit(options: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
+def _inherit(options: Mapping[str, Any], config: TrainConfig | None) -> dict[str, Any]:
     """Settings that were not given, from the run that the checkpoint belongs to."""
     chosen = dict(options)
-    if saved is None:
+    if config is None:
         return chosen
-    config = TrainConfig.from_dict(saved)
     # The options of another model, or the folder of another data set, would make no sense.
     other_model = options["model"] not in (None, config.model)
     other_data = options["dataset"] not in (None, config.dataset)
@@ -195,7 +205,7 @@ def _inherit(options: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dic
 
 
 def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures as a table's rows; ``n/a`` where a model has none."""
+    """The figures as a table's rows; ``n/a`` where a model has none, no row where nothing was measured."""
     shown = (
         ("images", "samples", "{:,}"),
         ("accuracy", "accuracy", "{:.2%}"),
@@ -212,7 +222,7 @@ def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"latency, batch of {figures['batch_size']}", "latency_ms", "{:.2f} ms"),
         ("latency, one image", "latency_ms_single", "{:.2f} ms"),
     )
-    special = ("perplexity", "cost", "reward")
+    special = ("perplexity", "cost", "reward", "latency_ms", "latency_ms_single")
     rows = [
         (label, "n/a" if figures[name] is None else form.format(figures[name]))
         for label, name, form in shown
@@ -221,5 +231,7 @@ def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     if figures["perplexity"] is not None:
         rows[0] = ("tokens", rows[0][1])
     shares = figures["shares"] or {}
+    if "weights" in figures:
+        rows.insert(0, ("weights", figures["weights"]))
     rows += [(f"share of {name} among choices", f"{share:.2%}") for name, share in shares.items()]
     return rows

@@ -8,18 +8,14 @@ import timm
 
 import twnn_plugin as tw
 
-__all__ = ["MODEL_PATTERNS", "rows"]
-
-MODEL_PATTERNS = (
-    *("twnn_*", "dynalay_*", "deq_*", "hamiltonian_*", "cnn3", "lstm3", "gru3", "resnet*_cifar"),
-    *("ff_*", "rnn_*"),
-)
+__all__ = ["rows"]
 
 
 def rows(kind: str) -> list[tuple[str, str, str]]:
     """(name, owner, one line) of everything of ``kind``: ``"models"``, ``"solvers"``, ``"gates"``, ..."""
     if kind == "models":
-        return [_model_row(name) for name in timm.list_models(list(MODEL_PATTERNS))]
+        found = (_model_row(name) for name in timm.list_models())
+        return [row for row in found if not row[1].startswith("timm.")]  # ours, and those of plugins
     registry = getattr(tw, kind)
     return [(entry.name, entry.owner, entry.summary) for entry in registry.entries()]
 

@@ -19,13 +19,21 @@ from .build import load_weights
 from .checkpoint import LAST, load_checkpoint
 from .config import TrainConfig, check_same_run
 from .construct import AnyBatches, AnyData, construct, text_batches
-from .data import Batches, make_transform
+from .data import Batches, DataSplits, make_transform
+from .data.batches import Transform
 from .data.text import TextSplits
 from .distributed import World
-from .errors import CheckpointError, ConfigError
-from .runlog import prepare_folder
+from .errors import CheckpointError, ConfigError, DataError
 
-__all__ = ["kernels", "make_mixup", "prepare_model", "resume_path", "starting_point", "train_batches"]
+__all__ = [
+    "check_parts",
+    "kernels",
+    "make_mixup",
+    "prepare_model",
+    "resume_path",
+    "starting_point",
+    "train_batches",
+]
 
 
 def resume_path(config: TrainConfig) -> Path | None:
@@ -39,21 +47,26 @@ def resume_path(config: TrainConfig) -> Path | None:
     if config.resume is None:
         if output is not None and (output / LAST).exists():
             raise ConfigError(
-                f"The folder {output} already holds a run. Go on with it (resume auto), or choose another."
+                f"The folder {output} already holds a run. Go on with it (--resume auto), or choose another "
+                "--output."
             )
         return None
     if config.resume == "auto":
         if output is None:
-            raise ConfigError("resume auto looks for a checkpoint in the output folder; give output too.")
+            raise ConfigError(
+                "--resume auto looks for a checkpoint in the folder of --output; give that too."
+            )
         return output / LAST if (output / LAST).exists() else None
     path = Path(config.resume)
     path = path / LAST if path.is_dir() else path
     if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint {path} to resume from.")
+        raise CheckpointError(
+            f"There is no checkpoint {path} to resume from. Give --resume another one, or a run's folder."
+        )
     if output is not None and output.resolve() != path.parent.resolve():
         raise ConfigError(
             f"A resumed run goes on in its own folder {path.parent}, not in {output}. "
-            "Leave output out, or copy the whole folder first."
+            "Leave --output out, or copy the whole folder first."
         )
     return path
 
@@ -62,12 +75,23 @@ def starting_point(config: TrainConfig) -> tuple[tuple[dict[str, Any], Path] | N
     """The checkpoint to go on from with its path, or ``None``, and the settings with the folder filled in."""
     path = resume_path(config)
     if path is None:
-        if config.output is not None:
-            prepare_folder(Path(config.output))
         return None, config
     state = load_checkpoint(path)
     check_same_run(state["config"], config, path)
     return (state, path), replace(config, output=str(path.parent))
+
+
+def check_parts(data: AnyData) -> None:
+    """Refuse data that there is nothing to train on, or nothing to choose an epoch by.
+
+    Raises:
+        DataError: the training or the validation part is empty.
+    """
+    for part, name in (("train", "training"), ("val", "validation")):
+        if not len(data.part(part)):
+            raise DataError(
+                f"The {name} part of {data.spec.name!r} is empty, and a run needs it. Give more data."
+            )
 
 
 def prepare_model(config: TrainConfig, data: AnyData, model: nn.Module | None, here: World) -> nn.Module:
@@ -117,7 +141,7 @@ def train_batches(config: TrainConfig, data: AnyData, here: World) -> AnyBatches
         crop: dict[str, Any] = {"train_crop_mode": config.train_crop_mode}
         if config.train_crop_mode is None:  # timm's training transform always crops; this is the whole image
             crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-        transform = make_transform(data.spec, **augment, **crop)
+        transform = _training_transform(data, config, {**augment, **crop})
     return Batches(
         data.train,
         data.spec,
@@ -130,6 +154,20 @@ def train_batches(config: TrainConfig, data: AnyData, here: World) -> AnyBatches
         rank=here.rank,
         world_size=here.size,
     )
+
+
+def _training_transform(data: DataSplits, config: TrainConfig, augment: dict[str, Any]) -> Transform:
+    """timm's transform; :class:`ConfigError` for an AutoAugment policy that it cannot read."""
+    try:
+        return make_transform(data.spec, **augment)
+    except (AssertionError, ValueError, LookupError, TypeError) as error:  # timm checks with assert
+        if config.aa is None:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"--aa {config.aa!r} is no policy that timm can read ({reason}). Give one such as "
+            "rand-m9-mstd0.5, augmix-m3-w3, 3a, original or v0."
+        ) from error
 
 
 def make_mixup(config: TrainConfig, classes: int) -> Any:

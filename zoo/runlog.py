@@ -8,24 +8,71 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["METRICS", "RunLog", "prepare_folder"]
+__all__ = ["METRICS", "RunLog", "output_folder", "prepare_folder"]
 
 METRICS = "metrics.jsonl"
 
 
-def prepare_folder(output: Path) -> None:
-    """Make the folder of a run; :class:`ConfigError` if that is impossible."""
+def prepare_folder(output: Path, option: str = "--output") -> None:
+    """Make the folder of a run and write a file into it as a test, so that a refusal comes before the work.
+
+    Args:
+        output: the folder, made with its parents if it is not there.
+        option: what it was given with, for errors.
+
+    Raises:
+        ConfigError: it cannot be made or written to; what was made of it is removed again.
+    """
+    with output_folder(output, option):
+        pass
+
+
+@contextmanager
+def output_folder(output: Path, option: str = "--output") -> Iterator[None]:
+    """Inside, ``output`` exists and can be written to; work that fails leaves no empty folder behind.
+
+    Args:
+        output: the folder, made with its parents if it is not there.
+        option: what it was given with, for errors.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    made: list[Path] = []
     try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"Cannot make the output folder {output}: {error.strerror or error}.") from None
+        try:
+            made = [folder for folder in (output, *output.parents) if not folder.exists()]
+            output.mkdir(parents=True, exist_ok=True)
+            _probe(output)
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write to the folder {output}: {error.strerror or error}. Choose another {option}."
+            ) from None
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()  # refuses a folder that holds anything
+        raise
+
+
+def _probe(folder: Path) -> None:
+    """Write a small file and remove it; OSError if that fails: permissions alone do not tell."""
+    handle, path = tempfile.mkstemp(prefix=".probe-", dir=folder)
+    try:
+        os.write(handle, b"to see whether this folder can be written to")
+    finally:
+        os.close(handle)
+        os.unlink(path)
 
 
 class RunLog:

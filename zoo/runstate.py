@@ -149,7 +149,9 @@ def _make_optimizer(
         ) from None
     options: dict[str, Any] = {} if config.opt_eps is None else {"eps": config.opt_eps}
     if options and "eps" not in inspect.signature(chosen).parameters:
-        raise ConfigError(f"The optimizer {config.opt!r} has no epsilon; leave opt_eps={config.opt_eps} out.")
+        raise ConfigError(
+            f"The optimizer {config.opt!r} has no epsilon; leave --opt-eps={config.opt_eps} out."
+        )
     try:
         return create_optimizer_v2(
             model,

@@ -30,9 +30,17 @@ from .errors import CheckpointError, ConfigError, TrainingError
 from .evaluate import autocast, measure
 from .interrupt import Interruption
 from .objective import Objective
-from .prepare import kernels, make_mixup, prepare_model, resume_path, starting_point, train_batches
+from .prepare import (
+    check_parts,
+    kernels,
+    make_mixup,
+    prepare_model,
+    resume_path,
+    starting_point,
+    train_batches,
+)
 from .progress import Bar
-from .runlog import RunLog
+from .runlog import RunLog, output_folder
 from .runstate import RunState, make_run_state, take_step
 
 __all__ = ["TrainConfig", "TrainResult", "resume_path", "train"]
@@ -94,15 +102,18 @@ def train(
         The trained model and its figures. Choices (``best``) were made on validation data.
 
     Raises:
-        ConfigError: a setting is impossible.
-        DataError: the data set is not there.
+        ConfigError: a setting is impossible, or the folder cannot be written to.
+        DataError: the data set is not there, damaged, or has nothing to train on or to validate with.
         CheckpointError: ``resume`` names a file that is missing, corrupt, or of another run.
         TrainingError: the weights or the loss are not finite any more.
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     start, config = starting_point(config)
-    data = data or find_data(config)
     with ExitStack() as stack:
+        if config.output is not None:
+            stack.enter_context(output_folder(Path(config.output)))
+        data = data or find_data(config)
+        check_parts(data)
         here = stack.enter_context(world(config.device))
         stack.enter_context(kernels(config.deterministic, here.device))
         interruption = stack.enter_context(Interruption())
@@ -124,7 +135,7 @@ class _Run:
         if rows < config.batch_size * here.size and (here.size > 1 or config.mixup or config.cutmix):
             raise ConfigError(
                 f"One update needs {config.batch_size} x {here.size} rows, but {data.spec.name!r} "
-                f"has {rows} to train on. Take a smaller batch_size."
+                f"has {rows} to train on. Take a smaller --batch-size."
             )
         self.val = plain_batches(data, "val", config.batch_size, config.workers, here)
         self.mixup = make_mixup(config, data.spec.num_classes)
@@ -322,7 +333,7 @@ class _Run:
         if self.here.any(not (loss_ok and self.state.finite())):
             raise TrainingError(
                 f"The {'weights' if loss_ok else 'loss'} became NaN or infinite by update {progress.updates} "
-                f"(epoch {progress.epoch}). Lower lr={self.config.lr}, or clip gradients (clip_grad). "
+                f"(epoch {progress.epoch}). Lower --lr {self.config.lr}, or clip gradients (--clip-grad). "
                 "The last checkpoint is untouched."
             )
 

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..errors import DataError
 from .specs import DataSpec
 from .splits import ArraySplit, Split
 
@@ -93,7 +94,11 @@ class Batches:
         return list(mine.split(self.batch_size)) if len(mine) else []
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of ``epoch`` from number ``start`` on; the skipped ones are never loaded."""
+        """The batches of ``epoch`` from number ``start`` on; the skipped ones are never loaded.
+
+        Raises:
+            DataError: on the way, at an image that cannot be read.
+        """
         batches = self.order(epoch)[start:]
         if isinstance(self.split, ArraySplit) and self.transform is None:
             return (self._gather(self.split, rows) for rows in batches)
@@ -106,8 +111,9 @@ class Batches:
             batch_sampler=[batch.tolist() for batch in batches],
             num_workers=self.workers,
             generator=torch.Generator(),
+            collate_fn=_collate,
         )
-        return iter(loader)
+        return _unpacked(iter(loader))
 
     def _gather(self, split: ArraySplit, rows: Tensor) -> tuple[Tensor, Tensor]:
         images = split.images[rows].float().div_(255)
@@ -139,8 +145,26 @@ def make_transform(spec: DataSpec, **augment: Any) -> Transform:
     return made
 
 
-class _Rows(Dataset[tuple[Tensor, int]]):
-    """Transformed rows; each draws its random numbers from (seed, epoch, index)."""
+def _collate(rows: list[Any]) -> Any:
+    """A batch of rows, or the first error among them."""
+    return next((row for row in rows if isinstance(row, DataError)), None) or default_collate(rows)
+
+
+def _unpacked(batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, up to one that is an error, which is raised here."""
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        images, labels = batch
+        yield images, labels
+
+
+class _Rows(Dataset[Any]):
+    """Transformed rows; each draws its random numbers from (seed, epoch, index).
+
+    An image that cannot be read gives its error as the row: raised in a worker process, it would arrive
+    with that worker's traceback in the place of its one line.
+    """
 
     def __init__(self, split: Split, transform: Transform, seed: int, epoch: int):
         self.split = split
@@ -151,9 +175,13 @@ class _Rows(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
         with _seeded(_mix(self.seed, self.epoch, index)):
-            return self.transform(self.split.pil(index)), int(self.split.labels[index])
+            try:
+                image = self.split.pil(index)
+            except DataError as error:
+                return error
+            return self.transform(image), int(self.split.labels[index])
 
 
 def _mix(*numbers: int) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,10 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
 SPLIT_SEED = 0  # not the seed of a run: runs with other seeds must share one validation set
 _IDX_SETS = ("mnist", "fashion_mnist")
+# What torchvision's readers raise on bytes that are not what they expect; it checks with assert.
+_DAMAGED = (
+    *(AssertionError, ValueError, LookupError, TypeError, EOFError, zlib.error, pickle.UnpicklingError),
+)
 
 
 def default_data_dir() -> Path:
@@ -60,7 +65,8 @@ def load_data(
 
     Raises:
         ConfigError: unknown name.
-        DataError: the set is not there, not complete, or not readable.
+        DataError: the set is not there, not complete, not readable, has labels that it cannot have, or too
+            few images to be cut.
     """
     spec, root = parse_dataset(dataset, data_dir)
     spec = spec.resized(img_size)
@@ -81,14 +87,35 @@ def load_data(
 
 def _cut(spec: DataSpec, train: Split, test: Split | None) -> DataSplits:
     """Hold a validation part out of ``train``, and a test part too if the set has none."""
+    for part, split in (("training", train), ("test", test)):
+        if split is not None:
+            _check_labels(spec, part, split)
     try:
         if test is None:
             kept, held = hold_out(train.labels, TEST_FRACTION, SPLIT_SEED)
             train, test = train.subset(kept), train.subset(held)
         kept, held = hold_out(train.labels, VAL_FRACTION, SPLIT_SEED + 1)
-    except RuntimeError as error:
-        raise DataError(f"The data set {spec.name!r} has no images to train on: {error}.") from None
+    except DataError as error:
+        more = " Add images, or give the folders train, val and test." if spec.name == "folder" else ""
+        raise DataError(
+            f"The data set {spec.name!r} cannot be cut into training, validation and test images: "
+            f"{error}{more}"
+        ) from None
     return DataSplits(spec, train.subset(kept), train.subset(held), test)
+
+
+def _check_labels(spec: DataSpec, part: str, split: Split) -> None:
+    """Refuse a part without images, or with a label that no output of a model stands for."""
+    if not len(split):
+        raise DataError(
+            f"The {part} part of {spec.name!r} is empty. Fetch its files again, or give another --data-dir."
+        )
+    least, most = int(split.labels.min()), int(split.labels.max())
+    if least < 0 or most >= spec.num_classes:
+        raise DataError(
+            f"The {part} labels of {spec.name!r} go from {least} to {most}, and it has {spec.num_classes} "
+            f"classes, 0 to {spec.num_classes - 1}: the files are of another set. Give another --data-dir."
+        )
 
 
 def _digits() -> ArraySplit:
@@ -132,8 +159,14 @@ def _torchvision(name: str, root: Path | None, split: str, download: bool) -> Ar
             split="train" if split == "train" else "validation",
             download=download,
         )
-    except (OSError, RuntimeError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, RuntimeError) as error:
         raise DataError(_missing(name, root, place, download, error)) from None
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"The files of {name!r} in {place} are damaged ({reason[:160]}). Delete them and pass "
+            "--dataset-download to fetch them again, or give another --data-dir."
+        ) from None
     images = torch.as_tensor(data.data)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return ArraySplit(images, torch.as_tensor(data.targets, dtype=torch.int64))
@@ -185,21 +218,54 @@ def _images(folder: Path, classes: dict[str, int] | None) -> tuple[ImageSplit, d
     """The folder reader of timm over ``folder``; ``classes`` fixes the label of each subfolder's name."""
     from timm.data import create_dataset
 
-    known: Any = classes
     try:
-        data: Any = create_dataset("", root=str(folder), search_split=False, class_map=known)
+        # Without a class map: given one, the reader leaves out the images of all other classes silently.
+        data: Any = create_dataset("", root=str(folder), search_split=False)
     except (RuntimeError, OSError) as error:
         raise DataError(f"Cannot use {folder} as an image folder: {error}") from None
-    labels: Tensor = torch.tensor([label for _, label in data.reader.samples], dtype=torch.int64)
-    split = ImageSplit(_Decode(data), torch.arange(len(labels)), labels)
-    return split, data.reader.class_to_idx
+    found: dict[str, int] = data.reader.class_to_idx
+    if "" in found:
+        raise DataError(
+            f"There are images in {folder} itself, outside the subfolder of any class. Move them into one."
+        )
+    known = found if classes is None else classes
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise DataError(
+            f"The image folder {folder} has classes that the training images do not have: "
+            f"{_few(unknown)}. Known: {_few(list(known))}. Rename or remove them, or add training images."
+        )
+    number = {label: known[name] for name, label in found.items()}
+    labels: Tensor = torch.tensor([number[label] for _, label in data.reader.samples], dtype=torch.int64)
+    return ImageSplit(_Decode(data.reader), torch.arange(len(labels)), labels), known
+
+
+def _few(names: list[str], most: int = 10) -> str:
+    """The first ``most`` names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class _Decode:
-    """Index to PIL image; a class, since loader workers must be able to pickle it."""
+    """Index to RGB image; a class, since loader workers must be able to pickle it.
 
-    def __init__(self, data: Any):
-        self.data = data
+    timm's own data set puts the next image in the place of one that it cannot read, which would then carry
+    the label of the damaged one.
+    """
+
+    def __init__(self, reader: Any):
+        self.reader = reader
 
     def __call__(self, index: int) -> Any:
-        return self.data[index][0]
+        from PIL import Image
+
+        try:
+            file, _ = self.reader[index]
+            with file, Image.open(file) as image:
+                return image.convert("RGB")
+        except Exception as error:  # each of Pillow's decoders has its own: no common base
+            path = self.reader.filename(index, absolute=True)
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise DataError(
+                f"The image {path} cannot be read ({reason}). Replace it, or remove it from the data set."
+            ) from None

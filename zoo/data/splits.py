@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .specs import DataSpec
 
 __all__ = ["ArraySplit", "DataSplits", "ImageSplit", "Split", "hold_out"]
@@ -109,8 +110,15 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
         seed: the cut is a function of the labels, the fraction and this number only.
 
     Returns:
-        Indices (kept,) and (held out,), both ascending.
+        Indices (kept,) and (held out,), both ascending; neither is empty.
+
+    Raises:
+        DataError: no class has two rows, so that one of the parts would be empty.
     """
+    if not len(labels) or int(labels.unique(return_counts=True)[1].max()) < 2:
+        raise DataError(
+            f"Nothing can be held out of {len(labels)} row(s): it takes a class with at least two of them."
+        )
     generator = torch.Generator().manual_seed(seed)
     held = []
     for label in labels.unique():

@@ -15,7 +15,7 @@ import torch
 from twnn_plugin import __version__
 
 from ..data import Batches, DataSplits, load_data
-from ..errors import ConfigError
+from ..runlog import prepare_folder
 from .contest import BUDGET, CONTESTANTS, Entry, compete, summary
 from .plots import plot_curve, plot_histogram, plot_images, plot_strings, plot_traces
 from .report import Table, contest_table, curve_table, render, solver_table, string_table
@@ -41,15 +41,10 @@ def run(out: Path, seed: int = 0, quick: bool = False, console: Any = None) -> d
         The figures, as in ``metrics.json``.
 
     Raises:
-        ConfigError: the folder cannot be made.
+        ConfigError: the folder cannot be made or written to.
     """
     out = Path(out)
-    try:  # a folder that cannot be made is said before the work
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"The folder {out} cannot be made: {error.strerror}. Choose another --out."
-        ) from error
+    prepare_folder(out, "--out")  # a folder that cannot be written to is said before the work
     data = load_data("digits")
     entries: list[list[Entry]] = [[] for _ in CONTESTANTS]
     for each in [seed] if quick else range(seed, seed + SEEDS):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor
 
@@ -19,7 +21,18 @@ from .mazes import mazes
 from .pathfinder import pathfinder
 from .prefix import prefix_sums
 
-__all__ = ["TASKS", "Growing", "Task", "find_task", "passes", "stream", "task_of_model"]
+__all__ = [
+    "SIZES",
+    "TASKS",
+    "Growing",
+    "Task",
+    "check_model",
+    "find_task",
+    "passes",
+    "stream",
+    "task_of_model",
+    "task_size",
+]
 
 _CHUNK = 2048
 _APART = 1_000_003  # between the seeds of two streams of one training
@@ -96,6 +109,10 @@ TASKS = {
 }
 
 
+SIZES = {"prefix_sums": "bits", "mazes": "maze_size", "pathfinder": "contour_length"}
+"""The option that gives the size, by task."""
+
+
 def find_task(name: str) -> Task:
     """The task of this name.
 
@@ -122,6 +139,34 @@ def stream(task: Task, size: int, batch_size: int, seed: int) -> Iterator[Exampl
         for first in range(0, len(examples), batch_size):
             yield examples[torch.arange(first, first + batch_size)]
         chunk += 1
+
+
+def task_size(task: Task, options: Mapping[str, Any], default: int) -> int:
+    """The size that was asked for.
+
+    Raises:
+        ConfigError: the option of another task was given.
+    """
+    for name, option in SIZES.items():
+        if name != task.name and options.get(option) is not None:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is for {name}; {task.name} takes "
+                f"--{SIZES[task.name].replace('_', '-')}."
+            )
+    chosen = options.get(SIZES[task.name])
+    return default if chosen is None else chosen
+
+
+def check_model(model: str) -> None:
+    """Hold a name against timm's registry.
+
+    Raises:
+        ConfigError: there is no such model; the message has the nearest one.
+    """
+    if ":" in model or timm.is_model(model):  # with a colon: weights on a hub or in a folder
+        return
+    near = nearest(model.split(".")[0], timm.list_models())
+    raise ConfigError(f"Unknown model {model!r}.{near} See 'twnn list models'.")
 
 
 class Growing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from .examples import SPLITS, Examples
+from .examples import SPLITS, Examples, as_float
 from .mazes import pixels_of
 
 __all__ = ["read_examples"]
 
 _TRAINED_ON = 0.8  # the benchmark's share of training data; the rest is its validation data
+_NUMBERS = "biuf"  # kinds of NumPy's types
 
 
 def read_examples(task: str, data_dir: str | Path, size: int, split: str) -> Examples:
@@ -36,17 +36,25 @@ def read_examples(task: str, data_dir: str | Path, size: int, split: str) -> Exa
         split: ``"train"``, ``"val"`` or ``"test"``.
 
     Raises:
-        DataError: files are missing, unreadable or of other shapes.
+        DataError: files are missing, unreadable, of other shapes or values, or too few for the split.
         ConfigError: the benchmark has no such task.
     """
     if split not in SPLITS:
         raise ConfigError(f"Unknown split {split!r}. Splits: {', '.join(SPLITS)}.")
     root = Path(data_dir).expanduser()
     if task == "prefix_sums":
-        return _part(_prefix_sums(root, size), split)
-    if task == "mazes":
-        return _part(_mazes(root, size, "test" if split == "test" else "train"), split)
-    raise ConfigError(f"The deep-thinking benchmark has prefix_sums and mazes; got {task!r}.")
+        found = _prefix_sums(root, size)
+    elif task == "mazes":
+        found = _mazes(root, size, "test" if split == "test" else "train")
+    else:
+        raise ConfigError(f"The deep-thinking benchmark has prefix_sums and mazes; got {task!r}.")
+    part = _part(found, split)
+    if not len(part):
+        raise DataError(
+            f"The files of {task}, size {size}, in {root} hold {len(found)} example(s), and so none for the "
+            f"split {split!r}. Take a larger set, or leave --data-dir out to generate examples."
+        )
+    return part
 
 
 def _part(examples: Examples, split: str) -> Examples:
@@ -65,6 +73,8 @@ def _prefix_sums(root: Path, bits: int) -> Examples:
         raise DataError(
             f"{folder} should hold two (M, {bits}); got {tuple(data.shape)} and {tuple(targets.shape)}."
         )
+    _check_binary(folder / f"{bits}_data.pth", data)
+    _check_binary(folder / f"{bits}_targets.pth", targets)
     data = data.float()
     return Examples(data[:, None], targets.long(), {"ones": data.sum(dim=1)})
 
@@ -78,10 +88,14 @@ def _mazes(root: Path, size: int, part: str) -> Examples:
             f"{folder} should hold arrays (M, 3, {pixels}, {pixels}) and (M, {pixels}, {pixels}); got "
             f"{inputs.shape} and {targets.shape}."
         )
-    labels = torch.from_numpy(targets).long()
+    images, labels = as_float(inputs), as_float(targets)
+    if not bool(images.isfinite().all()):
+        raise DataError(f"{folder / 'inputs.npy'} should hold colours, 0 to 1; some are not finite.")
+    _check_binary(folder / "solutions.npy", labels)
+    labels = labels.long()
     # A path of n steps from cell to cell covers 2 n + 1 units of four pixels.
     length = (labels.flatten(1).sum(dim=1) / 4 - 1) / 2
-    return Examples(torch.from_numpy(inputs).float(), labels, {"path": length.float()})
+    return Examples(images, labels, {"path": length.float()})
 
 
 def _find(root: Path, places: Sequence[Path], file: str) -> Path:
@@ -96,19 +110,38 @@ def _find(root: Path, places: Sequence[Path], file: str) -> Path:
 def _load_torch(path: Path) -> Tensor:
     try:
         value: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} cannot be read: {_first_line(error)}") from None
-    if not isinstance(value, Tensor):
-        raise DataError(f"{path} should hold a tensor; it holds a {type(value).__name__}.")
+    except Exception as error:  # what the unpickler makes of another file's bytes may be any exception
+        raise DataError(
+            f"{path} cannot be read as a tensor that torch.save wrote: {_first_line(error)}"
+        ) from None
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
+        kind = f"{value.layout}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"{path} should hold a plain tensor of numbers; it holds a {kind}.")
     return value
 
 
 def _load_numpy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        value: Any = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {_first_line(error)}") from None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in _NUMBERS:
+        kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise DataError(f"{path} should hold an array of numbers; it holds an {kind}.")
+    return value
+
+
+def _check_binary(path: Path, values: Tensor) -> None:
+    """``DataError`` if anything is neither 0 nor 1, which a model of two classes can never be right about."""
+    wrong = values[(values != 0) & (values != 1)]
+    if wrong.numel():
+        raise DataError(
+            f"{path} should hold 0 and 1 alone; {wrong.numel():,} of {values.numel():,} values are others, "
+            f"such as {wrong[0].item():g}."
+        )
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of a message; a key or a number alone says nothing without the kind of error."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if " " in line else f"{type(error).__name__} {line}".rstrip()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import timm
+
 from twnn_plugin.errors import nearest
 
 from ..errors import ConfigError
@@ -205,8 +207,10 @@ def recipe_for(model: str, **changes: Any) -> Recipe:
         if name not in known:
             raise ConfigError(f"A recipe has no setting {name!r}.{nearest(name, known)}")
     if model not in RECIPES:
-        task = task_of_model(model)
-        hint = nearest(model, RECIPES) if task is None else f" Its task, {task.name}, is trained otherwise."
+        task, plain = task_of_model(model), model.split(".")[0]
+        hint = nearest(plain, RECIPES)
+        if task is not None and plain not in RECIPES and timm.is_model(plain):
+            hint = f" Its task, {task.name}, is trained otherwise."
         raise ConfigError(f"No recipe for {model!r}.{hint} Recipes: {', '.join(RECIPES)}.")
     return replace(RECIPES[model], **changes)
 

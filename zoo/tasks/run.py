@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -13,44 +14,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import twnn_plugin as tw
 
 from ..build import create, fill_in
 from ..checkpoint import LAST, load_checkpoint, read_weights, save_checkpoint
-from ..data import DataSplits
 from ..distributed import pick_device
 from ..errors import CheckpointError, ConfigError
 from ..evaluate import autocast
 from ..models.reasoning import WEIGHTS
 from ..progress import Bar
-from ..runlog import METRICS, prepare_folder
-from .catalog import Task, find_task, task_of_model
+from ..runlog import METRICS, output_folder
+from .catalog import SIZES, Task, check_model, find_task, task_of_model, task_size
 from .examples import Examples
 from .files import read_examples
-from .images import pathfinder_splits
 from .recipe import Recipe, recipe_for
+from .saved import ARGS, WEIGHTS_FILE, Saved, saved_settings
 from .scoring import score
 from .training import Trained, train_task
 from .weights import save_weights
 
 __all__ = [
-    "SIZES",
+    "WEIGHTS_FILE",
     "evaluate_task",
     "load_model",
-    "pathfinder_data",
     "provenance",
     "score_rows",
-    "task_size",
     "train_from_options",
 ]
 
-SIZES = {"prefix_sums": "bits", "mazes": "maze_size", "pathfinder": "contour_length"}
-"""The option that gives the size, by task."""
-
 SOLVE_OPTIONS = ("solver", "adjoint", "tol", "max_iter", "stop", "norm")
-WEIGHTS_FILE = "model.safetensors"
 _SAMPLES = 1000
 _LINE_EVERY = 50
 _STATE = (
@@ -68,22 +63,6 @@ _STATE = (
 _PIXELS_AT_A_TIME = 2**19
 
 
-def task_size(task: Task, options: Mapping[str, Any], default: int) -> int:
-    """The size that was asked for.
-
-    Raises:
-        ConfigError: the option of another task was given.
-    """
-    for name, option in SIZES.items():
-        if name != task.name and options.get(option) is not None:
-            raise ConfigError(
-                f"--{option.replace('_', '-')} is for {name}; {task.name} takes "
-                f"--{SIZES[task.name].replace('_', '-')}."
-            )
-    chosen = options.get(SIZES[task.name])
-    return default if chosen is None else chosen
-
-
 def train_from_options(options: Mapping[str, Any], given: Mapping[str, Any], console: Any) -> str:
     """Train one of the models of :mod:`zoo.tasks` and write its folder.
 
@@ -96,7 +75,9 @@ def train_from_options(options: Mapping[str, Any], given: Mapping[str, Any], con
         What to tell the user.
 
     Raises:
-        ConfigError: a setting that these trainings do not have, or an impossible one.
+        ConfigError: a setting that these trainings do not have, or an impossible one; or a folder that
+            cannot be written to.
+        CheckpointError, DataError: see there.
     """
     model, changes = options["model"], _changes(given)
     recipe = recipe_for(model, **changes)
@@ -112,7 +93,20 @@ def train_from_options(options: Mapping[str, Any], given: Mapping[str, Any], con
             raise ConfigError(f"{output} holds a run of {saved.model}, not of {model}.")
         chosen = {**changes, **({} if options.get(SIZES[task.name]) is None else {"size": size})}
         recipe = replace(saved, **chosen)  # settings that are not given are those of the run
-    data = None if options["data_dir"] is None else _files(task, options["data_dir"], recipe.size)
+    with output_folder(output):
+        return _train(recipe, task, options, output, state, console)
+
+
+def _train(
+    recipe: Recipe,
+    task: Task,
+    options: Mapping[str, Any],
+    output: Path,
+    state: dict[str, Any] | None,
+    console: Any,
+) -> str:
+    """Train, look at held-out examples, write the folder; what to tell the user."""
+    data, held_out = _examples(task, options["data_dir"], recipe.size)
 
     def save(state: dict[str, Any]) -> None:
         save_checkpoint({**state, "data": _digest(data)}, output / LAST)
@@ -121,28 +115,37 @@ def train_from_options(options: Mapping[str, Any], given: Mapping[str, Any], con
         raise ConfigError("The interrupted run had other examples: resume it with the same --data-dir.")
     device = pick_device(options["device"])
     trained = train_task(recipe, data=data, console=console, state=state, save=save, device=device)
-    return _write(trained, recipe, task, output)
+    if held_out is None:
+        held_out = task.draw(recipe.size, _SAMPLES, recipe.seed, "val")
+    figures = {**score(trained.model, held_out).figures(), "data": options["data_dir"] or "generated"}
+    try:
+        _write(trained, recipe, figures, output)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The training is done, but its results cannot be written into {output}: {error}. Make room, "
+            "then go on from what was saved on the way (--resume auto)."
+        ) from None
+    source = "" if data is None else f" from {options['data_dir']}"
+    return (
+        f"Trained {recipe.model} on {task.name} ({recipe.size} {task.size}): {recipe.updates} updates in "
+        f"{trained.seconds:.1f} s, {figures['right']:.2%} of {figures['samples']} validation examples"
+        f"{source} entirely right. "
+        f"Next: twnn eval --model {recipe.model} --checkpoint {shlex.quote(str(output / WEIGHTS_FILE))}"
+    )
 
 
-def _write(trained: Trained, recipe: Recipe, task: Task, output: Path) -> str:
-    """Weights and figures of a finished run; what to tell the user."""
+def _write(trained: Trained, recipe: Recipe, figures: Mapping[str, Any], output: Path) -> None:
+    """Settings, losses, validation figures and weights of a finished run."""
     lines: list[dict[str, Any]] = []
     for update in sorted({*range(_LINE_EVERY, recipe.updates + 1, _LINE_EVERY), recipe.updates}):
         recent = trained.losses[max(0, update - _LINE_EVERY) : update]
         lines.append({"update": update, "loss": sum(recent) / len(recent)})
-    validation = task.draw(recipe.size, _SAMPLES, recipe.seed, "val")
-    figures = score(trained.model, validation).figures()
-    (output / "args.json").write_text(json.dumps(recipe.as_dict(), indent=2) + "\n", encoding="utf-8")
+    (output / ARGS).write_text(json.dumps(recipe.as_dict(), indent=2) + "\n", encoding="utf-8")
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (output / METRICS).write_text(text, encoding="utf-8")
     (output / "validation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     save_weights(trained.model, output / WEIGHTS_FILE)
     (output / LAST).unlink(missing_ok=True)  # it could only be resumed to what is there now
-    return (
-        f"Trained {recipe.model} on {task.name} ({recipe.size} {task.size}): {recipe.updates} updates in "
-        f"{trained.seconds:.1f} s, {figures['right']:.2%} of {_SAMPLES} validation examples entirely right. "
-        f"Next: twnn eval --model {recipe.model} --checkpoint {output / WEIGHTS_FILE}"
-    )
 
 
 def _folder(options: Mapping[str, Any], name: str) -> tuple[Path, dict[str, Any] | None]:
@@ -155,23 +158,25 @@ def _folder(options: Mapping[str, Any], name: str) -> tuple[Path, dict[str, Any]
     resume, output = options["resume"], options["output"]
     if resume in (None, "auto"):
         folder = Path(output or Path("output") / name)
+        path = folder / LAST
     else:
         path = Path(resume)
-        folder = path if path.is_dir() else path.parent
+        path = path / LAST if path.is_dir() else path
+        folder = path.parent
         if output is not None and Path(output).resolve() != folder.resolve():
             raise ConfigError(f"A resumed run goes on in its own folder {folder}, not in {output}.")
-        if not (folder / LAST).is_file():
-            raise CheckpointError(f"There is no checkpoint {folder / LAST} to resume from.")
-    prepare_folder(folder)
+        if not path.is_file():
+            done = f" The run in {folder} is finished." if (folder / WEIGHTS_FILE).is_file() else ""
+            raise CheckpointError(f"There is no checkpoint {path} to resume from.{done}")
     if (folder / WEIGHTS_FILE).exists():
         raise ConfigError(f"{folder} already holds a run that is finished. Choose another --output.")
-    if not (folder / LAST).is_file():
+    if not path.is_file():
         return folder, None
     if resume is None:
         raise ConfigError(
             f"{folder} holds an interrupted run. Go on with it (--resume auto), or choose another --output."
         )
-    return folder, load_checkpoint(folder / LAST, _STATE)
+    return folder, load_checkpoint(path, _STATE)
 
 
 def _digest(data: Examples | None) -> str:
@@ -183,8 +188,12 @@ def _digest(data: Examples | None) -> str:
     return digest.hexdigest()
 
 
-def _files(task: Task, data_dir: str, size: int) -> Examples:
-    return read_examples(task.name, data_dir, size, "train")
+def _examples(task: Task, data_dir: str | None, size: int) -> tuple[Examples, Examples] | tuple[None, None]:
+    """Training examples of the benchmark's files, and some held-out ones; None where they are drawn."""
+    if data_dir is None:
+        return None, None
+    data, held_out = (read_examples(task.name, data_dir, size, split) for split in ("train", "val"))
+    return data, held_out[slice(0, _SAMPLES)]
 
 
 def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,34 +215,22 @@ def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def pathfinder_data(own: Mapping[str, Any], options: dict[str, Any], given: Mapping[str, Any]) -> DataSplits:
-    """Generated images for the ordinary training; ``options`` gets the name of the data set.
-
-    Raises:
-        ConfigError: an option that would do nothing.
-    """
-    task = find_task("pathfinder")
-    for name in ("updates", "method"):
-        if own[name] is not None:
-            raise ConfigError(f"{options['model']} is trained like an image model: --epochs, not --{name}.")
-    if given.get("dataset") not in (None, task.name):
-        raise ConfigError(f"{options['model']} is trained on pathfinder; got --dataset {given['dataset']}.")
-    if options["data_dir"] is not None:
-        raise ConfigError("Pathfinder images are generated; --data-dir does not apply.")
-    options["dataset"] = task.name
-    return pathfinder_splits(task_size(task, own, task.trained), pixels=options["img_size"] or 32)
-
-
 def load_model(
     name: str, checkpoint: str | Path | None = None, model_kwargs: Mapping[str, Any] | None = None
 ) -> tuple[nn.Module, str]:
     """A reasoning model with weights, in eval mode, and where these are from.
 
+    Args:
+        name: of the model.
+        checkpoint: the weights; None: those that ship with the package.
+        model_kwargs: its options; those of the run that the checkpoint belongs to need not be said again.
+
     Raises:
-        ConfigError: there are no weights, or the model cannot be built with these options.
+        ConfigError: there is no such model, there are no weights, or it cannot be built with these options.
         CheckpointError: the weights are unreadable, or of another model or one with other options.
     """
-    options = dict(model_kwargs or {})
+    check_model(name)
+    options = {**_saved(name, checkpoint).model_kwargs, **(model_kwargs or {})}
     shipped = WEIGHTS / f"{name.split('.')[0]}.safetensors"
     if checkpoint is None and not shipped.is_file():
         raise ConfigError(f"No weights of {name} ship with the package: train it, then give --checkpoint.")
@@ -254,8 +251,16 @@ def load_model(
     return model.eval(), "shipped weights" if checkpoint is None else str(checkpoint)
 
 
+def _saved(name: str, checkpoint: str | Path | None) -> Saved:
+    """What the checkpoint says about its run; nothing if that was of another model."""
+    saved = Saved() if checkpoint is None else saved_settings(Path(checkpoint))
+    return saved if saved.is_of(name) else Saved()
+
+
 def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str, dict[str, Any]]:
     """Whole answers, statuses and steps of a reasoning model.
+
+    The model's options, the size and the resolution that are not given are those of the checkpoint's run.
 
     Args:
         options: the options of ``twnn eval`` by name.
@@ -271,27 +276,20 @@ def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str,
     name = options["model"]
     task = task_of_model(name)
     assert task is not None
-    if options["dataset"] not in (None, task.name):
-        raise ConfigError(f"{name} is evaluated on {task.name}; got --dataset {options['dataset']}.")
-    if options["img_size"] is not None and task.name != "pathfinder":
-        raise ConfigError(f"--img-size does not apply; say --{SIZES[task.name].replace('_', '-')}.")
-    size = task_size(task, options, task.trained)
-    if options["img_size"] is not None:
-        task = task.painted(options["img_size"])
+    _check_together(options, task)
+    saved = _saved(name, options["checkpoint"])
+    size = task_size(task, options, saved.size or task.trained)
+    pixels = options["img_size"] or saved.pixels
+    if pixels is not None:
+        task = task.painted(pixels)
     device = pick_device(options["device"])
     model, source = load_model(name, options["checkpoint"], options["model_kwargs"])
     model = model.to(device)
     solve = {key: options[key] for key in SOLVE_OPTIONS if options[key] is not None}
     if solve:
         tw.configure(model, **solve)
-    count, split = options["samples"] or _SAMPLES, options["split"]
-    if options["data_dir"] is not None:
-        examples = read_examples(task.name, options["data_dir"], size, split)
-        examples = examples[slice(0, options["samples"])]
-    else:
-        examples = task.draw(size, count, options["seed"] or 0, split)
-    pixels = examples.inputs[0].numel()
-    batch = max(1, min(options["batch_size"], _PIXELS_AT_A_TIME // pixels))
+    examples = _drawn_or_read(task, size, options)
+    batch = max(1, min(options["batch_size"], _PIXELS_AT_A_TIME // examples.inputs[0].numel()))
     with Bar(console, "evaluating", len(examples)) as bar, autocast(device, options["amp"]):
         figures = score(model, examples, batch, bar.advance).figures()
     about = {
@@ -300,15 +298,41 @@ def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str,
         "parameters": sum(p.numel() for p in model.parameters()),
         "task": task.name,
         "size": size,
-        "split": split,
-        "seed": options["seed"] or 0,
+        "split": options["split"],
+        **({"seed": options["seed"] or 0} if options["data_dir"] is None else {}),
         "data": options["data_dir"] or "generated",
         "device": str(device),
-        **({"img_size": options["img_size"]} if options["img_size"] is not None else {}),
+        **({"img_size": pixels} if pixels is not None else {}),
         **({"amp": True} if options["amp"] else {}),
         **solve,
     }
-    return f"{name} ({source}) on {task.name}, {size} {task.size} ({split})", {**about, **figures}
+    return f"{name} ({source}) on {task.name}, {size} {task.size} ({options['split']})", {**about, **figures}
+
+
+def _check_together(options: Mapping[str, Any], task: Task) -> None:
+    """``ConfigError`` for options of ``twnn eval`` that would do nothing."""
+    name = options["model"]
+    if options["dataset"] not in (None, task.name):
+        raise ConfigError(f"{name} is evaluated on {task.name}; got --dataset {options['dataset']}.")
+    if options["img_size"] is not None and task.name != "pathfinder":
+        raise ConfigError(f"--img-size does not apply; say --{SIZES[task.name].replace('_', '-')}.")
+    if options["data_dir"] is not None and options["seed"] is not None:
+        raise ConfigError(
+            f"--seed {options['seed']} chooses among generated examples; those in --data-dir are as they "
+            "are. Leave one of the two out."
+        )
+    if options["pretrained"] and options["checkpoint"] is not None:
+        raise ConfigError(
+            "--pretrained and --checkpoint both say which weights to take: leave one of the two out."
+        )
+
+
+def _drawn_or_read(task: Task, size: int, options: Mapping[str, Any]) -> Examples:
+    """The examples to evaluate on."""
+    if options["data_dir"] is None:
+        return task.draw(size, options["samples"] or _SAMPLES, options["seed"] or 0, options["split"])
+    examples = read_examples(task.name, options["data_dir"], size, options["split"])
+    return examples[slice(0, options["samples"])]
 
 
 def score_rows(figures: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
