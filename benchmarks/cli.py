@@ -31,8 +31,9 @@ from . import (  # noqa: F401  (they register themselves)
     streaming,
     wormholes,
 )
-from .everything import ALL, run_all
+from .everything import ALL, own_settings, run_all
 from .harness import REGISTRY, BenchError, Settings, find, run
+from .harness.run import load
 from .index import write_index
 
 __all__ = ["main"]
@@ -83,7 +84,11 @@ def _seeds(context: click.Context, option: click.Parameter, value: str) -> tuple
 @click.option("--seeds", callback=_seeds, default="0", show_default=True, help="Such as 0,1,2.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="torch's threads.")
 @click.option(
-    "--budget", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="Times more timing."
+    "--budget",
+    type=click.FloatRange(min=0.01),
+    default=1.0,
+    show_default=True,
+    help="Times more timing (sequences: training).",
 )
 @click.option(
     "--full", is_flag=True, help="models: all images, the whole training. reasoning: long contours, too."
@@ -131,30 +136,49 @@ def main(
     if name == "gpu" and context.get_parameter_source("device") == ParameterSource.DEFAULT:
         device = "cuda"
     settings = Settings(device, quick, seeds, threads, only, budget, full)
-    words = _without_folders(sys.argv[1:])
+    words = _without(sys.argv[1:], "--out", "--resume")  # the folder of the results is no part of it
 
     def command_of(benchmark: str) -> str:
-        return shlex.join(["python", "-m", "benchmarks", *(benchmark if w == ALL else w for w in words)])
+        """The command as anyone would give it for this benchmark alone."""
+        own = _own(words, settings, own_settings(REGISTRY[benchmark], settings)) if name == ALL else words
+        return shlex.join(["python", "-m", "benchmarks", *(benchmark if w == ALL else w for w in own)])
 
     if name == ALL:
         if resume is not None:
             raise BenchError("--resume goes on with one run: say which benchmark's, in place of 'all'.")
         sys.exit(1 if run_all(settings, out, command_of, console) else 0)
-    command = command_of(name)
-    run(find(name), settings, out=out, resume=resume, command=command, console=console)
+    folder = run(find(name), settings, out=out, resume=resume, command=command_of(name), console=console)
+    cells = load(folder)["cells"]
+    failed = [cell["key"] for cell in cells if cell["status"] != "ok"]
+    if failed:
+        click.echo(
+            f"{len(failed)} of {len(cells)} cells failed; --resume {folder} runs them again.", err=True
+        )
+        sys.exit(1)
 
 
-def _without_folders(words: list[str]) -> list[str]:
-    """The command as anyone would give it: the folder of its results is no part of it."""
+def _without(words: list[str], *options: str) -> list[str]:
+    """The words of a command without these options and what each is given."""
     kept, skip = [], False
     for word in words:
         if skip:
             skip = False
-        elif word in ("--out", "--resume"):
+        elif word in options:
             skip = True
-        elif not word.startswith(("--out=", "--resume=")):
+        elif not word.startswith(tuple(f"{option}=" for option in options)):
             kept.append(word)
     return kept
+
+
+def _own(words: list[str], given: Settings, own: Settings) -> list[str]:
+    """The words of ``all`` without what was not handed on to one of its benchmarks."""
+    if own.full != given.full:
+        words = [word for word in words if word != "--full"]
+    if own.budget != given.budget:
+        words = _without(words, "--budget")
+    if own.seeds != given.seeds:
+        words = [*_without(words, "--seeds"), "--seeds", ",".join(map(str, own.seeds))]
+    return words
 
 
 def _list(console: Console) -> None:

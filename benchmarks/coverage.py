@@ -31,6 +31,8 @@ class Coverage(Benchmark):
         "Which of timm's architectures take a wormhole from the last stage to the second, and which do not?"
     )
     cpu_only = "looks at dataflow, not at speed"
+    one_seed = "draws its weights and images once"
+    no_budget = "times nothing"
 
     def cells(self, settings: Settings) -> list[Cell]:
         found = architectures()

@@ -21,9 +21,9 @@ from .dynalaying import pictures, report
 from .dynalaying.claims import claims
 from .dynalaying.judge import judge
 from .dynalaying.tasks import DEQ_WAYS, LAYERS, QUICK, TASKS, Task, deq, dynalay, parts, plain
-from .dynalaying.text import QUICK_TEXTS, TEXTS, VARIANTS, run_text
+from .dynalaying.text import QUICK_TEXTS, TEXTS, VARIANTS, TextTask, run_text
 from .dynalaying.train import backward_times, fit, forward_cost, percent, predict, updates_beside
-from .harness import Benchmark, Cell, Claim, Settings, Table, register
+from .harness import RECIPE, Benchmark, Cell, Claim, Settings, Table, fingerprint, register
 
 __all__ = ["DynaLay"]
 
@@ -38,12 +38,16 @@ class DynaLay(Benchmark):
         "Is an agent that picks, per sample, which layers are iterated worth its while, and at which cost?"
     )
     cpu_only = "trains tiny networks, for which a GPU has nothing to do"
+    no_budget = "trains for a fixed number of epochs"
 
     def cells(self, settings: Settings) -> list[Cell]:
         tasks = QUICK if settings.quick else _present(TASKS)
         texts = QUICK_TEXTS if settings.quick else TEXTS
         return [
-            Cell(f"{name}/{arm}/seed{seed}", {"task": name, "arm": arm, "seed": seed})
+            Cell(
+                f"{name}/{arm}/seed{seed}",
+                {"task": name, "arm": arm, "seed": seed, RECIPE: _recipe(names[name], arm)},
+            )
             for names, arms in ((tasks, ARMS), (texts, VARIANTS))
             for name in names
             for seed in settings.seeds
@@ -100,6 +104,12 @@ class DynaLay(Benchmark):
 
     def claims(self, cells: list[dict[str, Any]]) -> list[Claim]:
         return claims(cells)
+
+
+def _recipe(task: Task | TextTask, arm: str) -> str:
+    """A hash of all that says how an arm is trained."""
+    ways = VARIANTS.get(arm, DEQ_WAYS.get(arm.removeprefix("deq-")))
+    return fingerprint(replace(task, title=""), ways)
 
 
 def _missed(found: list[Claim]) -> Table:

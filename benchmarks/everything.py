@@ -10,13 +10,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .harness import REGISTRY, BenchError, Settings, run
-from .harness.run import load, reason_of
+from .harness import REGISTRY, BenchError, Benchmark, Settings, run
+from .harness.journal import JOURNAL, RESULT, load, require_place
+from .harness.run import reason_of
 
-__all__ = ["ALL", "run_all"]
+__all__ = ["ALL", "own_settings", "run_all"]
 
 ALL = "all"
 _APART = ("gpu",)  # the same questions over again, within the time that a GPU is lent for
+
+
+def own_settings(benchmark: Benchmark, settings: Settings) -> Settings:
+    """The settings for all without those that this benchmark has no use for, and would refuse."""
+    return replace(
+        settings,
+        full=settings.full and benchmark.scales,
+        seeds=settings.seeds[:1] if benchmark.one_seed else settings.seeds,
+        budget=1.0 if benchmark.no_budget else settings.budget,
+    )
 
 
 def run_all(settings: Settings, out: Path | None, command: Callable[[str], str], console: Console) -> int:
@@ -25,7 +36,8 @@ def run_all(settings: Settings, out: Path | None, command: Callable[[str], str],
     One that fails does not lose the others.
 
     Args:
-        settings: of each of them; ``full`` is left to those that have two scales.
+        settings: of each of them; ``full``, ``seeds`` beyond the first and ``budget`` are left to those that
+            have a use for them.
         out: holds the folders, called as the benchmarks; None: dated ones in ``benchmarks/results``.
         command: from a benchmark's name to what is recorded as its command.
         console: where progress and tables go.
@@ -45,15 +57,18 @@ def run_all(settings: Settings, out: Path | None, command: Callable[[str], str],
     if settings.quick and out is None:
         raise BenchError("A --quick run is no evidence and does not go into results/: say --out FOLDER.")
     names = [name for name in sorted(REGISTRY) if name not in _APART]
-    taken = [name for name in names if out is not None and (out / name / "result.json").exists()]
-    if taken:
-        raise BenchError(f"{out} already holds a result of {', '.join(taken)}. Choose another --out.")
+    if out is not None:
+        for file, words in ((RESULT, "a result"), (JOURNAL, "an interrupted run")):
+            taken = [name for name in names if (out / name / file).exists()]
+            if taken:
+                raise BenchError(f"{out} already holds {words} of {', '.join(taken)}. Choose another --out.")
+        require_place(out)
     table = Table("benchmark", "seconds", "cells", "failed", "what went wrong")
     failed = 0
     for name in names:
         begin = time.perf_counter()
         benchmark = REGISTRY[name]
-        own = replace(settings, full=settings.full and benchmark.scales)
+        own = own_settings(benchmark, settings)
         try:
             folder = run(benchmark, own, out=out and out / name, command=command(name), console=console)
             cells = load(folder)["cells"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import seeds
+from .harness.provenance import code_of, days_of, versions_of, where_of
 from .harness.run import RESULTS, load
 
 __all__ = ["PAGE", "render_index", "write_index"]
@@ -18,7 +19,8 @@ _HEAD = """# Benchmarks
 
 One command for each question; `python -m benchmarks --list` shows them. A run writes `result.json`
 (figures, versions, seeds, command), `table.md` and plots into a dated folder of `results/`; this page is made
-from those files by `python -m benchmarks index`, and a test fails if they disagree.
+from those files by `python -m benchmarks index`, and a test fails if they disagree. Several commits
+with numbers of cells: a run was gone on with (`--resume`) and kept what an earlier commit had measured.
 `python -m benchmarks all --quick --out FOLDER` runs all of them, small and short, to see that they work.
 
 Ratios are medians over interleaved rounds with their quartiles; above 1 ours is faster; in parentheses, the
@@ -42,8 +44,11 @@ _WHY = """### Where a target was not reached, and why
 - *Easy, small.* The map costs no more than half a dozen calls of operators. Two norms, a difference and
   a comparison, which any test of convergence needs, cost as much again, and a solve has its fixed costs;
   torchdeq's iteration is dearer still, but it has fewer of the latter.
-- *Memory.* Plain iteration, forward and backward, keeps to the target. Anderson's history does not:
-  choose `solver="picard"` with `adjoint=tw.adjoint("implicit", solver="picard")` where memory is short.
+- *Memory.* Plain iteration, forward and backward, stays within the share of torchdeq's peak that was aimed
+  for. Anderson's history does not: choose `solver="picard"` with
+  `adjoint=tw.adjoint("implicit", solver="picard")` where memory is short. From the fewest iterations to the
+  most, the peak of plain iteration grows by more than its target, all of it in one step while there are
+  still few.
 - *Backward, long solves.* Both sides spend their time on products with the same Jacobian there.
 """
 _DEVICES = (
@@ -87,14 +92,14 @@ def _newest(results: Path) -> list[Path]:
 
 def _section(folder: Path, result: dict[str, Any]) -> str:
     origin = result["provenance"]
-    where = origin["gpu"] or f"{origin['cpu']}, {origin['threads']} thread(s)"
-    code = origin["commit"][:12] + (" with local changes" if origin["dirty"] else "")
-    failed = [cell["key"] for cell in result["cells"] if cell["status"] != "ok"]
+    cells = result["cells"]
+    failed = [cell["key"] for cell in cells if cell["status"] != "ok"]
     lines = [
         f"### {result['benchmark']}: {result['question']}",
         "",
-        f"`{origin['command']}`, {origin['date'][:10]}, commit {code}, {where}, torch {origin['torch']}, "
-        f"torchdeq {origin['torchdeq']}, seeds {', '.join(map(str, origin['settings']['seeds']))}; "
+        f"`{origin['command']}`, {days_of(origin, cells)}, {code_of(origin, cells)}, "
+        f"{where_of(origin, cells)}, {versions_of(origin, cells, 'torch', 'torchdeq')}, "
+        f"seeds {', '.join(map(str, origin['settings']['seeds']))}; "
         f"[all figures](results/{folder.name}/table.md).",
         "",
         "| claim | peer's figure | ours | measured | to reach | met? |",

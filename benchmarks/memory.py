@@ -46,6 +46,8 @@ class Memory(Benchmark):
 
     name = "memory"
     question = "How much memory do forward and backward hold as depth, batch and state grow?"
+    one_seed = "counts bytes, which do not change with the seed"
+    no_budget = "times nothing"
 
     def cells(self, settings: Settings) -> list[Cell]:
         return self.axis_cells(QUICK if settings.quick else AXES, "float32")

@@ -8,6 +8,7 @@ training.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from zoo.data import SPECS, load_data
 from zoo.errors import DataError
 
-from .harness import BenchError, Benchmark, Cell, Claim, Settings, Table, register
+from .harness import RECIPE, BenchError, Benchmark, Cell, Claim, Settings, Table, fingerprint, register
 from .modelling import pictures, report
 from .modelling.arms import SCALES, arms
 from .modelling.judge import data_of, judge
@@ -59,6 +60,7 @@ class Models(Benchmark):
         settings: Settings, names: tuple[str, ...], sets: list[str], scale: str, precision: str = "float32"
     ) -> list[Cell]:
         """One cell for each data set, seed and network."""
+        recipes = {arm.name: replace(arm, title="", source="") for arm in arms(quick=False)}
         return [
             Cell(
                 f"{dataset}/{name}{PRECISIONS[precision]}/seed{seed}",
@@ -69,6 +71,7 @@ class Models(Benchmark):
                     "seed": seed,
                     "precision": precision,
                     "scale": scale,
+                    RECIPE: fingerprint(SCALES[scale], recipes[name]),
                 },
             )
             for dataset in sets

@@ -55,6 +55,7 @@ class Overhead(Benchmark):
 
     name = "overhead"
     question = "What does a closed wormhole cost, and what does a replay cost beside its span?"
+    one_seed = "draws its weights and images once"
 
     def cells(self, settings: Settings) -> list[Cell]:
         found = [

@@ -6,14 +6,14 @@ Beside each model stands the newest committed run, so that a change shows as bef
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .harness import Benchmark, Cell, Claim, Executed, Settings, Table, register
+from .harness import BenchError, Benchmark, Cell, Claim, Executed, Settings, Table, register
+from .harness.provenance import code_of
 from .harness.run import RESULTS, load
 from .profiles.work import WORK
 
@@ -31,6 +31,8 @@ class Profile(Benchmark):
 
     name = "profile"
     question = "Where does the time of the main models go?"
+    one_seed = "draws its weights and images once"
+    no_budget = "looks at a fixed number of passes"
 
     def cells(self, settings: Settings) -> list[Cell]:
         return [
@@ -112,7 +114,7 @@ def earlier(key: str, device: str, results: Path = RESULTS) -> dict[str, Any] | 
     for folder in sorted(results.glob(f"*_profile_{device}"), reverse=True):
         try:
             result = load(folder)
-        except (OSError, json.JSONDecodeError):
+        except (OSError, BenchError):
             continue
         for cell in result["cells"]:
             if cell["key"] == key and cell["status"] == "ok":
@@ -120,7 +122,7 @@ def earlier(key: str, device: str, results: Path = RESULTS) -> dict[str, Any] | 
                 return {
                     "operations": data["operations"],
                     "self_ms": data["self_ms"],
-                    "commit": result["provenance"]["commit"][:12],
+                    "commit": code_of(result["provenance"], [cell]).removeprefix("commit "),
                 }
     return None
 

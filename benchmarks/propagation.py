@@ -11,9 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .harness import Benchmark, Cell, Claim, Settings, Table, register
+from .harness import RECIPE, Benchmark, Cell, Claim, Settings, Table, fingerprint, register
 from .propagating import pictures, report
-from .propagating.learn import learn, smoothing
+from .propagating.learn import SMOOTH, learn, smoothing
+from .propagating.nets import settings_of
 from .propagating.phase import figure2, figure3
 
 __all__ = ["Propagation"]
@@ -32,15 +33,23 @@ class Propagation(Benchmark):
     name = "propagation"
     question = "Which residual layers keep signals apart and bounded, and can be trained a thousand deep?"
     cpu_only = "trains tiny networks, for which a GPU has nothing to do"
+    no_budget = "trains for a fixed number of steps"
 
     def cells(self, settings: Settings) -> list[Cell]:
         depths = QUICK_DEPTHS if settings.quick else DEPTHS
+        steps = QUICK_STEPS if settings.quick else STEPS
         sets = SETS[-1:] if settings.quick else SETS
         cells = [Cell("figure2", {"kind": "figure2"}), Cell("figure3", {"kind": "figure3"})]
         cells += [
             Cell(
                 f"{name}/{net.replace(', ', '-')}/depth{depth}",
-                {"kind": "learn", "set": name, "net": net, "depth": depth},
+                {
+                    "kind": "learn",
+                    "set": name,
+                    "net": net,
+                    "depth": depth,
+                    RECIPE: fingerprint(settings.seeds, steps, settings_of(net)),
+                },
             )
             for depth in depths  # the dearest last
             for net in ORDER
@@ -48,7 +57,16 @@ class Propagation(Benchmark):
         ]
         depth = depths[1]
         cells += [
-            Cell(f"smooth/{net}/depth{depth}", {"kind": "smooth", "set": "peaks", "net": net, "depth": depth})
+            Cell(
+                f"smooth/{net}/depth{depth}",
+                {
+                    "kind": "smooth",
+                    "set": "peaks",
+                    "net": net,
+                    "depth": depth,
+                    RECIPE: fingerprint(settings.seeds, steps, settings_of(net), SMOOTH),
+                },
+            )
             for net in (("hamiltonian",) if settings.quick else ("antisymmetric", "hamiltonian"))
         ]
         return cells

@@ -11,7 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .harness import Benchmark, Cell, Claim, Settings, Table, register
+from zoo.tasks import Recipe, recipe_for
+
+from .harness import RECIPE, Benchmark, Cell, Claim, Settings, Table, fingerprint, register
 from .reason import measure, pictures, tables
 
 __all__ = ["Reasoning"]
@@ -47,7 +49,7 @@ TRACED: dict[str, Any] = {
     "grown": 0.35,
     "traced": 1.0,
     "batch_size": 32,
-    "updates": 5000,
+    "updates": 3000,
     "lr": 4e-3,
 }
 """Contours of up to 6 dashes, told which have a dot: so tracing is learnt, and longer ones are read, too."""
@@ -68,14 +70,14 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
         {
             **TRACED,
             "graded": (14, 18),
-            "model_kwargs": {"width": 16, "stem_width": 16, "reach": 1, "readout": True},
+            "model_kwargs": {"width": 12, "stem_width": 12, "reach": 1, "readout": True},
         },
         LONG,
     ),
-    "ff_pathfinder/traced": ("ff_pathfinder", {**TRACED, "model_kwargs": {"width": 12, "depth": 3}}, LONG),
+    "ff_pathfinder/traced": ("ff_pathfinder", {**TRACED, "model_kwargs": {"width": 9, "depth": 3}}, LONG),
     "ff_pathfinder/traced, halved twice": (
         "ff_pathfinder",
-        {**TRACED, "model_kwargs": {"width": 11, "depth": 3, "downsample": 2}},
+        {**TRACED, "model_kwargs": {"width": 8, "depth": 3, "downsample": 2}},
         LONG,
     ),
 }
@@ -90,6 +92,7 @@ class Reasoning(Benchmark):
     name = "reasoning"
     question = "On tasks that need depth, does the computation follow the input, and how far beyond training?"
     scales = True
+    no_budget = "trains for a fixed number of updates"
 
     def cells(self, settings: Settings) -> list[Cell]:
         tested = QUICK_TESTED if settings.quick else TESTED
@@ -133,7 +136,15 @@ class Reasoning(Benchmark):
         contours = [name for name in CONTOURS if settings.full or name.endswith("/6")]
         names = [f"{kind}_{task}" for task in RETRAINED for kind in KINDS] + contours
         return [
-            Cell(f"train/{name}/seed{seed}", {"kind": "retrained", "model": name, "seed": seed})
+            Cell(
+                f"train/{name}/seed{seed}",
+                {
+                    "kind": "retrained",
+                    "model": name,
+                    "seed": seed,
+                    RECIPE: fingerprint(*_training(name, seed, settings.quick)),
+                },
+            )
             for seed in settings.seeds
             for name in names
         ]
@@ -145,12 +156,8 @@ class Reasoning(Benchmark):
             return measure.shipped(o["model"], o["size"], o["count"], o["seed"], settings.device, amp)
         if o["kind"] == "dynamics":
             return measure.dynamics(o["model"], o["size"], o["count"], o["most"], o["seed"], settings.device)
-        plain = (o["model"], {}, RETRAINED.get(o["model"].partition("_")[2], {}))
-        model, changes, sizes = CONTOURS.get(o["model"], plain)
-        if settings.quick:
-            sizes = {min(sizes): 20}
-        updates = 3 if settings.quick else None
-        return measure.retrained(model, sizes, o["seed"], updates, changes, settings.device)
+        values, sizes = _training(o["model"], o["seed"], settings.quick)
+        return measure.retrained(Recipe.from_dict(values), sizes, settings.device)
 
     def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
         found = [tables.shipped_table(cells), tables.dynamics_table(cells), tables.retrained_table(cells)]
@@ -169,6 +176,14 @@ class Reasoning(Benchmark):
 
 def _task(model: str) -> str:
     return TASK[model.partition("_")[2]]
+
+
+def _training(name: str, seed: int, quick: bool) -> tuple[dict[str, Any], dict[int, int]]:
+    """The whole recipe of a model or variant that is trained, and examples by size that it is tested on."""
+    model, changes, sizes = CONTOURS.get(name, (name, {}, RETRAINED.get(name.partition("_")[2], {})))
+    if quick:
+        changes, sizes = {**changes, "updates": 3}, {min(sizes): 20}
+    return recipe_for(model, seed=seed, **changes).as_dict(), sizes
 
 
 register(Reasoning())

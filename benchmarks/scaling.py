@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .harness import Benchmark, Cell, Claim, Settings, Table, register
+from .harness import RECIPE, Benchmark, Cell, Claim, Settings, Table, fingerprint, register
 from .stragglers import pages
-from .stragglers.record import POLICIES, record
+from .stragglers.record import POLICIES, config_of, record
 from .stragglers.simulate import COSTS, Population, Setting, simulate
 
 __all__ = ["Scaling"]
@@ -42,10 +42,18 @@ class Scaling(Benchmark):
     name = "scaling"
     question = "What does adaptive depth lose to stragglers over many processes, and what gets it back?"
     cpu_only = "simulates many processes from steps that were counted on the CPU"
+    no_budget = "counts steps and times nothing"
 
     def cells(self, settings: Settings) -> list[Cell]:
         return [
-            Cell(f"{policy}/seed{seed}", {"policy": policy, "seed": seed})
+            Cell(
+                f"{policy}/seed{seed}",
+                {
+                    "policy": policy,
+                    "seed": seed,
+                    RECIPE: fingerprint(config_of(policy, seed, settings.quick)),
+                },
+            )
             for seed in settings.seeds
             for policy in POLICIES
         ]

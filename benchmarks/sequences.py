@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .harness import Benchmark, Cell, Claim, Settings, Table, register
+from .harness import RECIPE, Benchmark, Cell, Claim, Settings, Table, fingerprint, register
 from .sequencing import report
 from .sequencing.models import CONTESTANTS
 from .sequencing.pictures import curves, figure7
@@ -54,14 +54,24 @@ class Sequences(Benchmark):
 
     def cells(self, settings: Settings) -> list[Cell]:
         found = [
-            Cell(f"sine/{adjoint}/seed{seed}", {"kind": "sine", "adjoint": adjoint, "seed": seed})
+            Cell(
+                f"sine/{adjoint}/seed{seed}",
+                {"kind": "sine", "adjoint": adjoint, "seed": seed, RECIPE: fingerprint(_wave(settings))},
+            )
             for seed in settings.seeds
             for adjoint in ADJOINTS
         ]
         found += [
             Cell(
                 f"{task}/{length}/{name.replace(', ', '+').replace(' ', '_')}/seed{seed}",
-                {"kind": "contest", "task": task, "length": length, "name": name, "seed": seed},
+                {
+                    "kind": "contest",
+                    "task": task,
+                    "length": length,
+                    "name": name,
+                    "seed": seed,
+                    RECIPE: fingerprint(_recipe(task, length, settings), _rates(settings)),
+                },
             )
             for task, length, _, names in (QUICK if settings.quick else LONG)
             for seed in settings.seeds
@@ -72,24 +82,16 @@ class Sequences(Benchmark):
     def run_cell(self, cell: Cell, settings: Settings) -> dict[str, Any]:
         options, seed = cell.options, cell.options["seed"]
         if options["kind"] == "sine":
-            samples, updates = (
-                (1000, 12)
-                if settings.quick
-                else (SAMPLES, max(1, min(300, round(UPDATES * settings.budget))))
-            )
-            rates = RATES[-1:] if settings.quick else RATES
+            samples, updates, rates = _wave(settings)
             return {
                 "runs": {
                     f"{rate:g}": train_wave(options["adjoint"], rate, seed, samples, updates, settings.device)
                     for rate in rates
                 }
             }
-        grid = QUICK if settings.quick else LONG
-        recipe = next(r for t, n, r, _ in grid if (t, n) == (options["task"], options["length"]))
-        recipe = replace(recipe, updates=max(1, round(recipe.updates * settings.budget)))
+        recipe = _recipe(options["task"], options["length"], settings)
         task = make_task(options["task"], options["length"], seed, recipe.held)
-        rates = GRID[-2:] if settings.quick else GRID
-        return contest(options["name"], task, recipe, seed, rates, settings.device)
+        return contest(options["name"], task, recipe, seed, _rates(settings), settings.device)
 
     def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
         tables = [report.sine_table(cells), report.contest_table(cells)]
@@ -101,6 +103,25 @@ class Sequences(Benchmark):
 
     def claims(self, cells: list[dict[str, Any]]) -> list[Claim]:
         return report.claims(cells)
+
+
+def _wave(settings: Settings) -> tuple[int, int, tuple[float, ...]]:
+    """Samples, updates and learning rates of the sine wave."""
+    if settings.quick:
+        return 1000, 12, RATES[-1:]
+    return SAMPLES, max(1, min(300, round(UPDATES * settings.budget))), RATES
+
+
+def _recipe(task: str, length: int, settings: Settings) -> Recipe:
+    """How the contestants of a task are trained."""
+    grid = QUICK if settings.quick else LONG
+    recipe = next(r for t, n, r, _ in grid if (t, n) == (task, length))
+    return replace(recipe, updates=max(1, round(recipe.updates * settings.budget)))
+
+
+def _rates(settings: Settings) -> tuple[float, ...]:
+    """Learning rates that a contestant tries."""
+    return GRID[-2:] if settings.quick else GRID
 
 
 assert {name for _, _, _, names in LONG for name in names} <= CONTESTANTS.keys()

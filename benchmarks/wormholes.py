@@ -7,11 +7,11 @@ backbone with a wormhole, every cell one training run with one seed.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .harness import Benchmark, Cell, Claim, Settings, Table, register
+from .harness import RECIPE, Benchmark, Cell, Claim, Settings, Table, fingerprint, register
 from .training import pictures, report
 from .training.judge import judge_plain, judge_wormhole
 from .training.loop import fit, forward_cost
@@ -28,11 +28,20 @@ class Wormholes(Benchmark):
         "What does a wormhole buy in accuracy, at which cost, against longer, wider and deeper networks?"
     )
     cpu_only = "trains tiny networks, for which a GPU has nothing to do"
+    no_budget = "trains for a fixed number of epochs"
 
     def cells(self, settings: Settings) -> list[Cell]:
         tasks = QUICK if settings.quick else TASKS
         return [
-            Cell(f"{task.name}/{arm.name}/seed{seed}", {"task": task.name, "arm": arm.name, "seed": seed})
+            Cell(
+                f"{task.name}/{arm.name}/seed{seed}",
+                {
+                    "task": task.name,
+                    "arm": arm.name,
+                    "seed": seed,
+                    RECIPE: fingerprint(replace(task, title="", arms=()), replace(arm, title="")),
+                },
+            )
             for task in tasks.values()
             for seed in settings.seeds
             for arm in task.arms

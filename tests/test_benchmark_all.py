@@ -1,11 +1,14 @@
 """``python -m benchmarks all``, and every benchmark's whole ``--quick`` run."""
 
+import inspect
+import sys
+
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks import everything
-from benchmarks.cli import main
+from benchmarks.cli import _own, main
 from benchmarks.harness import REGISTRY, BenchError, Benchmark, Cell, Claim, Settings, run
 from benchmarks.harness.run import load
 
@@ -22,7 +25,8 @@ def _threads():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_quick_run(name, tmp_path):
-    folder = run(REGISTRY[name], Settings(quick=True, budget=0.01), out=tmp_path / name, command="x")
+    settings = everything.own_settings(REGISTRY[name], Settings(quick=True, budget=0.01))
+    folder = run(REGISTRY[name], settings, out=tmp_path / name, command="x")
     result = load(folder)
     assert {cell["key"] for cell in result["cells"]} == {
         cell.key for cell in REGISTRY[name].cells(Settings(quick=True))
@@ -82,6 +86,10 @@ def test_all_runs_each_and_one_that_fails_does_not_lose_the_others(few, tmp_path
     assert (tmp_path / "end" / "cells.jsonl").exists()  # what was measured is kept
     with pytest.raises(BenchError, match="already holds a result of cell, good"):
         everything.run_all(Settings(quick=True), tmp_path, str, console)
+    for name in ("cell", "good"):
+        (tmp_path / name / "result.json").unlink()
+    with pytest.raises(BenchError, match="already holds an interrupted run of end"):
+        everything.run_all(Settings(quick=True), tmp_path, str, console)
 
 
 def test_full_is_for_those_that_have_two_scales(few, tmp_path):
@@ -94,10 +102,53 @@ def test_full_is_for_those_that_have_two_scales(few, tmp_path):
     }
 
 
+def test_what_one_of_them_has_no_use_for_is_not_handed_on_to_it(few, tmp_path):
+    few["good"].one_seed = few["good"].no_budget = "does without"
+    del few["cell"], few["end"]
+    few["more"] = Small("more")
+    given = Settings(seeds=(3, 4), budget=2.0)
+    assert everything.run_all(given, tmp_path, str, Console(quiet=True)) == 0
+    used = {n: load(tmp_path / n)["provenance"]["settings"] for n in ("good", "more")}
+    assert {n: (s["seeds"], s["budget"]) for n, s in used.items()} == {
+        "good": ([3], 1.0),
+        "more": ([3, 4], 2.0),
+    }
+
+
+def test_the_command_that_is_recorded_is_one_that_the_benchmark_takes():
+    words = ["memory", "--full", "--seeds", "3,4", "--budget=2", "--threads", "2"]
+    given = Settings(full=True, seeds=(3, 4), budget=2.0)
+    own = everything.own_settings(REGISTRY["memory"], given)
+    assert _own(words, given, own) == ["memory", "--threads", "2", "--seeds", "3"]
+    assert _own(words, given, given) == words
+
+
+@pytest.mark.parametrize("name", sorted(name for name, b in REGISTRY.items() if b.one_seed or b.no_budget))
+def test_options_that_would_be_ignored_are_refused(name, tmp_path):
+    """More seeds than one, or more timing, where nothing reads them: they would be recorded all the same."""
+    benchmark = REGISTRY[name]
+    assert bool(benchmark.one_seed) == (name in ("coverage", "memory", "overhead", "profile"))
+    if benchmark.one_seed:
+        with pytest.raises(BenchError, match=f"{name} .*one seed"):
+            run(benchmark, Settings(quick=True, seeds=(0, 1)), out=tmp_path / "out")
+    if benchmark.no_budget:
+        with pytest.raises(BenchError, match=f"{name} .*leave --budget away"):
+            run(benchmark, Settings(quick=True, budget=2.0), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_the_budget_is_refused_where_nothing_reads_it(name):
+    """What is in the module reads it, but for ``gpu``, which hands it on to others."""
+    module = inspect.getsource(sys.modules[type(REGISTRY[name]).__module__])
+    assert bool(REGISTRY[name].no_budget) == ("settings.budget" not in module)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["--quick"], "--out"),
+        (["--quick", "--out", "/proc/x"], "/proc/x cannot hold results"),
         (["--only", "a", "--out", "x"], "say which"),
         (["--device", "cuda", "--out", "x"], "'gpu'"),
         (["--resume", "."], "say which"),

@@ -1,6 +1,18 @@
 """What every benchmark shares: timing, memory, counting, provenance, cells that fail alone, results."""
 
-from .bench import REGISTRY, BenchError, Benchmark, Cell, Claim, Settings, Table, find, register
+from .bench import (
+    RECIPE,
+    REGISTRY,
+    BenchError,
+    Benchmark,
+    Cell,
+    Claim,
+    Settings,
+    Table,
+    find,
+    fingerprint,
+    register,
+)
 from .counting import Counts, Executed, counted
 from .memory import peak_bytes
 from .provenance import provenance
@@ -8,6 +20,7 @@ from .run import run
 from .timing import Spread, Stopwatch, interleave, ratio_of, spread_of
 
 __all__ = [
+    "RECIPE",
     "REGISTRY",
     "BenchError",
     "Benchmark",
@@ -21,6 +34,7 @@ __all__ = [
     "Table",
     "counted",
     "find",
+    "fingerprint",
     "interleave",
     "peak_bytes",
     "provenance",

@@ -5,14 +5,32 @@ A cell's data are plain JSON values, so that tables and plots can be made again 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from twnn_plugin.errors import nearest
 
-__all__ = ["REGISTRY", "BenchError", "Benchmark", "Cell", "Claim", "Settings", "Table", "find", "register"]
+__all__ = [
+    "RECIPE",
+    "REGISTRY",
+    "BenchError",
+    "Benchmark",
+    "Cell",
+    "Claim",
+    "Settings",
+    "Table",
+    "find",
+    "fingerprint",
+    "register",
+]
+
+RECIPE = "recipe"
+"""The option of a trained cell that holds the :func:`fingerprint` of how it is trained: a run that goes on
+measures cells of another one again. Cells of old files have none."""
 
 
 class BenchError(ValueError):
@@ -94,12 +112,16 @@ class Benchmark(ABC):
         question: in one line.
         scales: whether there is a large scale (``Settings.full``).
         cpu_only: why it has no use for another device; empty: it has.
+        one_seed: why it has no use for several seeds; empty: it has.
+        no_budget: why it has no use for ``Settings.budget``; empty: it has.
     """
 
     name: str
     question: str
     scales: bool = False
     cpu_only: str = ""
+    one_seed: str = ""
+    no_budget: str = ""
 
     @abstractmethod
     def cells(self, settings: Settings) -> list[Cell]:
@@ -111,7 +133,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def tables(self, cells: list[dict[str, Any]]) -> list[Table]:
-        """Tables of the finished cells (``{"key", "options", "status", "reason", "data"}``)."""
+        """Tables of the finished cells (``{"key", "options", "status", "reason", "data", "origin"}``)."""
 
     def plots(self, cells: list[dict[str, Any]], folder: Path) -> list[Path]:
         """Write small PNG files into the folder; their paths."""
@@ -123,6 +145,18 @@ class Benchmark(ABC):
 
     def check(self, settings: Settings) -> None:  # noqa: B027  (most run with any settings)
         """Raise :class:`BenchError` where this benchmark cannot run with these settings."""
+
+
+def fingerprint(*recipe: Any) -> str:
+    """A short hash of plain values and dataclasses that say how a cell is trained."""
+    text = json.dumps(recipe, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    if not is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"{value!r} has no fingerprint: only plain values and dataclasses have.")
+    return {"type": type(value).__name__, **{f.name: getattr(value, f.name) for f in fields(value)}}
 
 
 REGISTRY: dict[str, Benchmark] = {}

@@ -1,4 +1,8 @@
-"""Where a result comes from: code, versions, hardware, seeds, command."""
+"""Where a result comes from: code, versions, hardware, seeds, command; and where each of its cells does.
+
+A run that is resumed keeps cells of other days and other commits, so that what is true of the run is not true
+of all its cells: each has a stamp of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +20,19 @@ import torch
 
 from .bench import Settings
 
-__all__ = ["provenance"]
+__all__ = ["code_of", "dates_of", "days_of", "inherited", "provenance", "stamp", "versions_of", "where_of"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchdeq", "timm", "numpy", "twnn-plugin")
+STAMPED = ("commit", "dirty", "python", *PACKAGES, "cpu", "gpu")
+"""What each cell says of itself, beside its date."""
 
 
 def provenance(settings: Settings, command: str) -> dict[str, Any]:
     """JSON values that say how a result was made."""
     return {
         "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": _now(),
         "commit": _git("rev-parse", "HEAD") or "unknown",
         # Results of this very run must not make the code look changed.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
@@ -37,6 +45,71 @@ def provenance(settings: Settings, command: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if settings.device == "cuda" else None,
         "settings": settings.as_json(),
     }
+
+
+def stamp(run: dict[str, Any]) -> dict[str, Any]:
+    """Where a cell that is measured now comes from: the code and machine of the run, the date of now."""
+    return {"date": _now(), **{name: run[name] for name in STAMPED}}
+
+
+def inherited(run: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The stamp of a cell that has none: that of the run in whose file it was found; None: unknown."""
+    if run is None or not (isinstance(run.get("commit"), str) and isinstance(run.get("date"), str)):
+        return None
+    return {name: run.get(name) for name in ("date", *STAMPED)}
+
+
+def code_of(run: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
+    """Commits of the cells, and of how many each, if there are several."""
+
+    def named(origin: dict[str, Any] | None) -> str:
+        if origin is None:
+            return "unknown"
+        return origin["commit"][:12] + (" with local changes" if origin["dirty"] else "")
+
+    counts = Counter(named(origin) for origin in _origins(run, cells))
+    if len(counts) == 1:
+        return f"commit {next(iter(counts))}"
+    *most, last = (str(count) for count in counts.values())
+    return f"commits {', '.join(counts)} ({', '.join(most)} and {last} cells)"
+
+
+def dates_of(run: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
+    """When the cells were measured, from the first to the last."""
+    dates = sorted({origin["date"] for origin in _origins(run, cells) if origin is not None})
+    return " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "date unknown"
+
+
+def days_of(run: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
+    """The same as days."""
+    return " to ".join(dict.fromkeys(date[:10] for date in dates_of(run, cells).split(" to ")))
+
+
+def versions_of(run: dict[str, Any], cells: Sequence[dict[str, Any]], *names: str) -> str:
+    """Versions that the cells were measured with, all of them where they differ."""
+    return ", ".join(f"{name} {_distinct(run, cells, name.lower())}" for name in names)
+
+
+def where_of(run: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
+    """The device that measured: GPU, or CPU and its threads."""
+    if run["gpu"]:
+        return _distinct(run, cells, "gpu")
+    return f"{_distinct(run, cells, 'cpu')}, {run['threads']} thread(s)"
+
+
+def _origins(run: dict[str, Any], cells: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """Of each cell, the oldest first, those that nobody knows last; files of old say it of the run alone."""
+    found = [cell.get("origin", run) for cell in cells] or [run]
+    return sorted(found, key=lambda origin: (origin is None, origin and origin["date"]))
+
+
+def _distinct(run: dict[str, Any], cells: Sequence[dict[str, Any]], name: str) -> str:
+    values = (origin[name] for origin in _origins(run, cells) if origin is not None)
+    return " and ".join(dict.fromkeys(map(str, values))) or "unknown"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _git(*arguments: str) -> str:

@@ -1,7 +1,8 @@
 """Running a benchmark: cells that fail alone, progress, resuming, and the results folder.
 
-While a run is under way its finished cells are in ``cells.jsonl``, one a line. At the end they go into
-``result.json``, with provenance and claims; ``table.md`` and the plots are made from them.
+While a run is under way its finished cells are in ``cells.jsonl``, one a line
+(:mod:`benchmarks.harness.journal`). At the end they go into ``result.json``, with provenance and claims;
+``table.md`` and the plots are made from them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .bench import BenchError, Benchmark, Cell, Settings, Table
-from .provenance import provenance
+from .bench import RECIPE, BenchError, Benchmark, Cell, Settings, Table
+from .journal import RESULT, begin_journal, earlier, load, require_place, require_unused
+from .provenance import code_of, dates_of, provenance, stamp, versions_of, where_of
 
-__all__ = ["load", "run", "to_markdown"]
+__all__ = ["load", "page_of", "run", "to_markdown"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _MUST_MATCH = ("device", "quick", "threads", "budget", "full")
@@ -49,7 +51,8 @@ def run(
         settings: how.
         out: folder for the results; None: a dated one in ``benchmarks/results``.
         resume: folder of a run that was interrupted, has failed cells, or is to get more of them (``seeds``
-            and ``only`` may ask for more than they did); its finished cells stay.
+            and ``only`` may ask for more than they did); its finished cells stay, and stay those of the
+            commit that measured them. Those that another recipe trained are measured again.
         command: recorded as given.
         console: where progress and tables go.
 
@@ -57,33 +60,23 @@ def run(
         The folder.
 
     Raises:
-        BenchError: the settings cannot be run, or are not those of the run to be resumed.
+        BenchError: the settings cannot be run, or are not those of the run to be resumed; the folder is
+            taken, cannot be written to, or holds damaged files.
     """
     console = console or Console(stderr=True)
-    if settings.full and (settings.quick or not benchmark.scales):
-        why = "--quick" if settings.quick else f"the benchmark {benchmark.name!r}, which has one scale"
-        raise BenchError(f"--full does not go with {why}: leave it away.")
-    if benchmark.cpu_only and settings.device != "cpu":
-        raise BenchError(f"{benchmark.name} {benchmark.cpu_only}: leave --device away.")
-    _check_device(settings)
-    benchmark.check(settings)
+    _check(benchmark, settings)
     cells = _chosen(benchmark.cells(settings), settings)
     folder = resume or out or _dated(benchmark, settings)
-    done = _finished(folder, benchmark, settings) if resume else {}
-    _check_kept(folder, done, cells)
-    if not resume and (folder / "result.json").exists():
-        raise BenchError(f"{folder} already holds a result. Choose another --out, or --resume {folder}.")
-    folder.mkdir(parents=True, exist_ok=True)
+    require_place(folder)
+    if resume is None:
+        require_unused(folder)
+    done = _finished(folder, benchmark, settings, cells, console) if resume else {}
     torch.set_num_threads(settings.threads)
     origin = provenance(settings, command)  # now: the code that runs is the one that is there now
-    journal = folder / "cells.jsonl"
-    with _frozen(), journal.open("w", encoding="utf-8") as lines:
-        head = {"benchmark": benchmark.name, "settings": settings.as_json()}
-        lines.write(json.dumps(head) + "\n")
-        for record in done.values():
-            lines.write(json.dumps(record) + "\n")
-        lines.flush()
-        for record in _run_cells(benchmark, cells, done, settings, console):
+    head = {"benchmark": benchmark.name, "settings": settings.as_json(), "provenance": origin}
+    journal = begin_journal(folder, head, done.values())
+    with _frozen(), journal.open("a", encoding="utf-8") as lines:
+        for record in _run_cells(benchmark, cells, done, settings, origin, console):
             lines.write(json.dumps(record) + "\n")
             lines.flush()
             done[record["key"]] = record
@@ -105,8 +98,13 @@ def _frozen() -> Iterator[None]:
 
 
 def _run_cells(
-    benchmark: Benchmark, cells: list[Cell], done: dict[str, Any], settings: Settings, console: Console
-) -> Any:
+    benchmark: Benchmark,
+    cells: list[Cell],
+    done: dict[str, Any],
+    settings: Settings,
+    origin: dict[str, Any],
+    console: Console,
+) -> Iterator[dict[str, Any]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(benchmark.name, total=len(cells), completed=len(done))
@@ -116,6 +114,7 @@ def _run_cells(
             progress.update(task, description=f"{benchmark.name}: {cell.key}")
             begin = time.perf_counter()
             record = {"key": cell.key, "options": cell.options, "status": "ok", "reason": "", "data": None}
+            made = stamp(origin)
             try:
                 with warnings.catch_warnings():
                     # Failed rows are counted from the measured residual; their warnings would bury the table.
@@ -127,7 +126,7 @@ def _run_cells(
                 console.print(traceback.format_exc(), style="dim", markup=False, highlight=False)
             record["wall_s"] = round(time.perf_counter() - begin, 2)
             progress.advance(task)
-            yield rounded(record)
+            yield {**rounded(record), "origin": made}
 
 
 def rounded(value: Any) -> Any:
@@ -147,12 +146,25 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"[:160]
 
 
-def _check_device(settings: Settings) -> None:
+def _check(benchmark: Benchmark, settings: Settings) -> None:
+    """Refuse what this benchmark, or this machine, would not do as it was told."""
+    if settings.full and (settings.quick or not benchmark.scales):
+        why = "--quick" if settings.quick else f"the benchmark {benchmark.name!r}, which has one scale"
+        raise BenchError(f"--full does not go with {why}: leave it away.")
+    if benchmark.cpu_only and settings.device != "cpu":
+        raise BenchError(f"{benchmark.name} {benchmark.cpu_only}: leave --device away.")
+    if benchmark.one_seed and len(settings.seeds) > 1:
+        raise BenchError(
+            f"{benchmark.name} {benchmark.one_seed}: say one seed with --seeds, not {len(settings.seeds)}."
+        )
+    if benchmark.no_budget and settings.budget != 1.0:
+        raise BenchError(f"{benchmark.name} {benchmark.no_budget}: leave --budget away.")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise BenchError(
             "No CUDA device is present: nothing was measured. Use --device cpu (the benchmark 'gpu': with "
             "--quick)."
         )
+    benchmark.check(settings)
 
 
 def _chosen(cells: list[Cell], settings: Settings) -> list[Cell]:
@@ -171,39 +183,43 @@ def _dated(benchmark: Benchmark, settings: Settings) -> Path:
     return RESULTS / f"{today}_{benchmark.name}{device}"
 
 
-def _finished(folder: Path, benchmark: Benchmark, settings: Settings) -> dict[str, Any]:
-    """The cells of an earlier run that did not fail, by key."""
-    if (folder / "cells.jsonl").exists():
-        text = (folder / "cells.jsonl").read_text(encoding="utf-8")
-        # The last line may have been cut off when the run was interrupted.
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        if not lines:
-            return {}
-        head, records = lines[0], lines[1:]
-    elif (folder / "result.json").exists():
-        result = load(folder)
-        head = {"benchmark": result["benchmark"], "settings": result["provenance"]["settings"]}
-        records = result["cells"]
-    else:
-        raise BenchError(f"Nothing to resume in {folder}: it holds neither cells.jsonl nor result.json.")
-    if head["benchmark"] != benchmark.name:
-        raise BenchError(f"{folder} holds a run of {head['benchmark']!r}, not of {benchmark.name!r}.")
-    for name in _MUST_MATCH:
-        mine, theirs = settings.as_json()[name], head["settings"].get(name, False)
-        if mine != theirs:
-            raise BenchError(f"{folder} was run with --{name} {theirs!r}, not {mine!r}: start afresh.")
-    return {record["key"]: record for record in records if record["status"] == "ok"}
+def _finished(
+    folder: Path, benchmark: Benchmark, settings: Settings, cells: list[Cell], console: Console
+) -> dict[str, Any]:
+    """The cells of an earlier run that need not be measured again, by key."""
 
+    def say(words: str) -> None:
+        console.print(words, style="yellow", markup=False, highlight=False)
 
-def load(folder: Path) -> dict[str, Any]:
-    """The ``result.json`` of a folder."""
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
-def _check_kept(folder: Path, done: dict[str, Any], cells: list[Cell]) -> None:
-    """Every finished cell must be one of the cells asked for, made with the same options."""
+    found = earlier(folder, say)
+    if found is None:
+        return {}
+    if found.benchmark != benchmark.name:
+        raise BenchError(f"{folder} holds a run of {found.benchmark!r}, not of {benchmark.name!r}.")
+    mine = settings.as_json()
+    for name in (*_MUST_MATCH, *(("seeds",) if benchmark.one_seed else ())):
+        theirs = found.settings.get(name, False)
+        if mine[name] != theirs:
+            raise BenchError(f"{folder} was run with --{name} {theirs!r}, not {mine[name]!r}: start afresh.")
+    done = {cell["key"]: cell for cell in found.cells if cell["status"] == "ok"}
     asked = {cell.key: json.loads(json.dumps(cell.options)) for cell in cells}
-    lost = [key for key, record in done.items() if asked.get(key) != record["options"]]
+    _check_kept(folder, done, asked)
+    other = [key for key, cell in done.items() if asked[key].get(RECIPE) != cell["options"].get(RECIPE)]
+    if other:
+        say(
+            f"{folder}: {len(other)} finished cell(s) were trained by another recipe, or do not say by "
+            f"which: measured again. They are {', '.join(other)}."
+        )
+    return {key: cell for key, cell in done.items() if key not in other}
+
+
+def _check_kept(folder: Path, done: dict[str, Any], asked: dict[str, dict[str, Any]]) -> None:
+    """Every finished cell must be one of the cells asked for, with the same options but for its recipe."""
+
+    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return {**one, RECIPE: None} == {**other, RECIPE: None}
+
+    lost = [key for key, cell in done.items() if key not in asked or not same(asked[key], cell["options"])]
     if lost:
         raise BenchError(
             f"{folder} holds {len(lost)} finished cell(s) that this run would not keep, such as {lost[0]}: "
@@ -226,8 +242,10 @@ def _write(
         "claims": [asdict(claim) for claim in benchmark.claims(records)],
         "cells": records,
     }
-    (folder / "result.json").write_text(_lines(result), encoding="utf-8")
-    (folder / "table.md").write_text(_page(benchmark, origin, tables, records), encoding="utf-8")
+    aside = folder / f"{RESULT}.new"  # the result of an earlier run stays until this one is whole
+    aside.write_text(_lines(result), encoding="utf-8")
+    aside.replace(folder / RESULT)
+    (folder / "table.md").write_text(page_of(benchmark, origin, tables, records), encoding="utf-8")
     plots = benchmark.plots(records, folder)
     for table in tables:
         if table.long:
@@ -250,15 +268,15 @@ def _lines(result: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _page(benchmark: Benchmark, origin: dict[str, Any], tables: list[Table], records: list[Any]) -> str:
-    where = origin["gpu"] or f"{origin['cpu']}, {origin['threads']} thread(s)"
-    code = origin["commit"][:12] + (" with local changes" if origin["dirty"] else "")
+def page_of(benchmark: Benchmark, origin: dict[str, Any], tables: list[Table], records: list[Any]) -> str:
+    """``table.md``: where the figures come from, and all tables."""
+    versions = versions_of(origin, records, "torch", "torchdeq", "timm", "Python")
     parts = [
         f"# {benchmark.name}",
         benchmark.question,
         f"`{origin['command']}`",
-        f"{origin['date']}; commit {code}; {where}; torch {origin['torch']}, torchdeq {origin['torchdeq']}, "
-        f"timm {origin['timm']}, Python {origin['python']}; seeds {origin['settings']['seeds']}.",
+        f"{dates_of(origin, records)}; {code_of(origin, records)}; {where_of(origin, records)}; {versions}; "
+        f"seeds {origin['settings']['seeds']}.",
     ]
     if origin["settings"]["quick"]:
         parts.append("A quick run: it shows that everything works; its figures are noise.")

@@ -15,7 +15,7 @@ from zoo.data.planar import PlanarSet, PlanarSplits, planar
 
 from .nets import Setting, Trained, accuracy, build, chain_of, describe, settings_of, train
 
-__all__ = ["GRID", "learn", "regions", "smoothing"]
+__all__ = ["GRID", "SMOOTH", "learn", "regions", "smoothing"]
 
 POINTS = {"peaks": 1000, "swiss_roll": 500, "circles": 500}
 GRID = 48

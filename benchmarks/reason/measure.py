@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zoo.models.reasoning import ReasoningNet
-from zoo.tasks import TASKS, alignment, curve, recipe_for, score, train_task
+from zoo.tasks import TASKS, Recipe, alignment, curve, score, train_task
 from zoo.tasks.examples import Examples
 from zoo.tasks.run import load_model
 
@@ -54,26 +54,14 @@ def dynamics(model: str, size: int, count: int, most: int, seed: int, device: st
     }
 
 
-def retrained(
-    model: str,
-    sizes: dict[int, int],
-    seed: int,
-    updates: int | None,
-    changes: dict[str, Any] | None = None,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """A model trained by its recipe with one seed, then tested at several sizes.
+def retrained(recipe: Recipe, sizes: dict[int, int], device: str = "cpu") -> dict[str, Any]:
+    """A model trained by a recipe, then tested at several sizes.
 
     Args:
-        model: its name.
+        recipe: of the training.
         sizes: examples by size.
-        seed: of the training.
-        updates: in place of the recipe's.
-        changes: other settings in place of the recipe's.
         device: where it is trained and tested.
     """
-    changes = {**(changes or {}), **({} if updates is None else {"updates": updates})}
-    recipe = recipe_for(model, seed=seed, **changes)
     begin, there = time.process_time(), time.perf_counter()
     trained = train_task(recipe, device=device)
     seconds, wall = time.process_time() - begin, time.perf_counter() - there

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..harness.bench import Table
+from ..harness.provenance import code_of, days_of, versions_of
 from ..harness.run import to_markdown
 from . import pages
 
@@ -31,8 +32,8 @@ def insert(page: str, result: dict[str, Any]) -> str:
     origin, cells = result["provenance"], result["cells"]
     seeds = ", ".join(map(str, origin["settings"]["seeds"]))
     told = (
-        f"`{origin['command']}` on {origin['date'][:10]}, commit {origin['commit'][:12]}, "
-        f"torch {origin['torch']}, seeds {seeds}."
+        f"`{origin['command']}` on {days_of(origin, cells)}, {code_of(origin, cells)}, "
+        f"{versions_of(origin, cells, 'torch')}, seeds {seeds}."
     )
     tables = (pages.recorded(cells), pages.lost(cells), pages.remedies(cells), pages.capped(cells))
     return f"{before}{begin}{told}\n\n" + "\n\n".join(map(_deeper, tables)) + f"\n{end}{after}"

@@ -15,7 +15,7 @@ from zoo.config import TrainConfig
 from zoo.data import Batches, DataSplits, load_data
 from zoo.train import train
 
-__all__ = ["POLICIES", "record"]
+__all__ = ["POLICIES", "config_of", "record"]
 
 POLICIES = {
     "budget": {"budget": 0.3},
@@ -35,17 +35,7 @@ def record(policy: str, seed: int, quick: bool) -> dict[str, Any]:
         open-loop pass in replays of the span, by multiply-adds.
     """
     data = _data(quick)
-    config = TrainConfig(
-        model="twnn_resnet8_cifar",
-        model_kwargs={"tol": 1e-3, "max_iter": 50, **POLICIES[policy]},
-        dataset=data.spec.name,
-        epochs=1 if quick else 3,
-        batch_size=64,
-        lr=2e-3,
-        seed=seed,
-        device="cpu",
-        log_interval=0,
-    )
+    config = config_of(policy, seed, quick)
     first = train(config, data=data)
     before, score, _ = _count(first.model, data, 0 if quick else 2000)
     last = train(replace(config, epochs=1, lr=5e-4, seed=seed + 1), data=data, model=first.model)
@@ -59,6 +49,21 @@ def record(policy: str, seed: int, quick: bool) -> dict[str, Any]:
         "outside": outside,
         "max_iter": 50,
     }
+
+
+def config_of(policy: str, seed: int, quick: bool) -> TrainConfig:
+    """How a network is trained at first; an epoch at a lower learning rate follows."""
+    return TrainConfig(
+        model="twnn_resnet8_cifar",
+        model_kwargs={"tol": 1e-3, "max_iter": 50, **POLICIES[policy]},
+        dataset="digits" if quick else "fashion_mnist",
+        epochs=1 if quick else 3,
+        batch_size=64,
+        lr=2e-3,
+        seed=seed,
+        device="cpu",
+        log_interval=0,
+    )
 
 
 def _data(quick: bool) -> DataSplits:
