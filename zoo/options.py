@@ -47,10 +47,11 @@ def task_options(training: bool) -> Callable[[Callable[..., Any]], Callable[...,
     Args:
         training: those of ``twnn train``, otherwise those of ``twnn eval``.
     """
+    other = "" if training else ", or what the checkpoint was trained on"
     size = [
-        ("--bits", 1, "twnn_prefix and its like: length of the strings (default: 32)."),
-        ("--maze-size", 3, "twnn_maze and its like: units along a side, walls included (default: 9)."),
-        ("--contour-length", 2, "twnn_pathfinder and its like: dashes in a contour (default: 14)."),
+        ("--bits", 1, f"twnn_prefix and its like: length of the strings (default: 32{other})."),
+        ("--maze-size", 3, f"twnn_maze and its like: units a side, walls included (default: 9{other})."),
+        ("--contour-length", 2, f"twnn_pathfinder and its like: dashes in a contour (default: 14{other})."),
     ]
     options = [click.option(flag, type=click.IntRange(min=least), help=help) for flag, least, help in size]
     if training:
