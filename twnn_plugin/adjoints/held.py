@@ -40,8 +40,7 @@ class Held:
         self._seen: dict[int, Any] = {}
         self._look(function, _DEPTH)
         self._seen.clear()
-        self._holder = _Holder(list(self._modules.values())) if self._modules else None
-        self._tensors = {} if self._holder is None else self._holder.tensors()
+        self._tensors = self._now()
 
     def __call__(self, *arguments: Any) -> Any:
         changed = [variable for variable in self._variables if variable.changed()]
@@ -53,15 +52,21 @@ class Held:
                 stack.enter_context(variable.put_back())
             if not others:
                 return self.function(*arguments)
-            assert self._holder is not None
-            return functional_call(self._holder, others, (self.function, arguments), tie_weights=False)
+            holder = _Holder(list(self._modules.values()))
+            return functional_call(holder, others, (self.function, arguments), tie_weights=False)
 
     def _others(self) -> dict[str, Tensor]:
         """Of the parameters and buffers those that are other tensors now."""
-        if self._holder is None:
-            return {}
-        now = self._holder.tensors()
+        now = self._now()
         return {name: held for name, held in self._tensors.items() if now.get(name) is not held}
+
+    def _now(self) -> dict[str, Tensor]:
+        """Parameters and buffers as they are now, by their names in a :class:`_Holder`."""
+        found: dict[str, Tensor] = {}
+        for place, module in enumerate(self._modules.values()):
+            found.update(module.named_parameters(f"held.{place}", remove_duplicate=False))
+            found.update(module.named_buffers(f"held.{place}", remove_duplicate=False))
+        return found
 
     def _look(self, found: Any, depth: int) -> None:
         """Find what ``found`` reaches."""
@@ -98,12 +103,6 @@ class _Holder(nn.Module):
 
     def forward(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return function(*arguments)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers as they are now, by name."""
-        found: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
-        found.update(self.named_buffers(remove_duplicate=False))
-        return found
 
 
 class _Variable:
