@@ -6,17 +6,26 @@ import builtins
 import dis
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["Held"]
+__all__ = ["Held", "Reaching"]
 
 _DEPTH = 3  # functions that a function calls, and those that these call
 _ABSENT = object()
+
+
+class Reaching(ABC):
+    """An object of ours that is no module, and whose methods a map calls."""
+
+    @abstractmethod
+    def reached(self) -> Iterable[Any]:
+        """The modules and functions that the map uses through it."""
 
 
 class Held:
@@ -25,9 +34,9 @@ class Held:
     A loop variable that a lambda closes over has another value when ``backward()`` runs, and so have the
     parameters of a module once ``torch.func.functional_call`` has returned. Where they differ they are put
     back for the time of a call: variables of enclosing functions and of the function's own module, and the
-    parameters and buffers of the ``nn.Module`` found there, of bound methods and of ``functools.partial``; an
-    object found there may have a method ``reached`` that gives what else to look at. Other things that a
-    function reads, such as attributes of an object, are as they are now.
+    parameters and buffers of the ``nn.Module`` found there, of bound methods, of ``functools.partial`` and of
+    what a :class:`Reaching` names. Other things that a function reads, such as attributes of an object, are
+    as they are now.
 
     Args:
         function: as the user gave it.
@@ -89,7 +98,7 @@ class Held:
             for variable in _variables(found):
                 self._variables.append(variable)
                 self._look(variable.held, depth - 1)
-        elif depth and hasattr(type(found), "reached"):
+        elif depth and isinstance(found, Reaching):
             for item in found.reached():
                 self._look(item, _DEPTH)
 

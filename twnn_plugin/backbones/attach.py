@@ -24,7 +24,7 @@ from .arrange import Arrangement, arrange
 from .auxiliary import add_auxiliary_loss
 from .base import Backbone
 from .closed_head import add_closed_head, check_closed_head, check_options
-from .given import check_flag, check_gate, check_uncompiled, span_policy
+from .given import check_flag, check_uncompiled, span_policy
 from .listed import ListedBackbone
 from .manners import adopt, last_alone, without_checkpointing
 from .rerun import Rerun
@@ -121,7 +121,7 @@ def attach(
     """
     aids, settings = Aids.split(settings)
     solve_settings = SolveSettings().changed(**settings)
-    check_gate(gate)
+    gates.check_gate(gate)
     make_gate = gate_factory(_budgeted(gate, budget))
     chosen = span_policy(policy)
     check_flag("fallback", fallback)

@@ -8,11 +8,10 @@ from torch import nn
 
 from .. import policies
 from ..errors import AttachError, OptionError
-from ..gates import Gate
 from ..policies import Policy
 from ..policies.base import SelectionPolicy
 
-__all__ = ["check_flag", "check_gate", "check_uncompiled", "span_policy"]
+__all__ = ["check_flag", "check_uncompiled", "span_policy"]
 
 
 def span_policy(given: str | Policy) -> Policy:
@@ -31,23 +30,6 @@ def span_policy(given: str | Policy) -> Policy:
             "use 'gate', 'always', 'never' or 'random'."
         )
     return policy
-
-
-def check_gate(given: Any) -> None:
-    """Raise :class:`OptionError` unless ``given`` has the form of a gate: a name, (name, options), a gate."""
-    pair = isinstance(given, (tuple, list)) and len(given) == 2
-    if isinstance(given, (str, Gate)) or (
-        pair and isinstance(given[0], str) and isinstance(given[1], dict) and all(map(_is_name, given[1]))
-    ):
-        return
-    raise OptionError(
-        "gate is a registered name such as 'sigmoid', a name with a dict of its options such as "
-        f"('sigmoid', {{'temperature': 0.5}}), or a gate; got {given!r}."
-    )
-
-
-def _is_name(key: Any) -> bool:
-    return isinstance(key, str)
 
 
 def check_flag(name: str, given: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adjoints.held import Reaching
 from ..blocks import Feedback, SpanRecord
 from ..blocks.count import group_multiply_adds
 from ..blocks.one_map import Frozen, OneMap
@@ -29,7 +30,7 @@ Evaluate = Callable[..., tuple[tuple[Tensor, ...], Any]]
 """``evaluate(entry, signals, *constants) -> (states, what the last call returned)``."""
 
 
-class AttachedGroup(ABC):
+class AttachedGroup(Reaching):
     """Wormholes whose spans overlap, solved as one equation; most often a single one.
 
     A group is no module: it calls the model's own modules, which stay where they are.
@@ -78,7 +79,7 @@ class AttachedGroup(ABC):
         return self.how is None and not watched.active and at_rest(self.parts, outs)
 
     def reached(self) -> Sequence[nn.Module]:
-        """What the group's map uses; see :class:`~twnn_plugin.adjoints.held.Held`."""
+        """What the group's map uses."""
         return self.program.modules()
 
     @abstractmethod

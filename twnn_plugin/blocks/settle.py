@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adjoints.held import Reaching
 from ..adjoints.implicit import Implicit
 from ..adjoints.one_step import OneStep
 from ..adjoints.phantom import Phantom
@@ -121,7 +122,7 @@ def settle_and_send(
     return (values, *solve.sent(values))
 
 
-class _Solve(Alike):
+class _Solve(Alike, Reaching):
     """One pass of :func:`settle`."""
 
     def __init__(
@@ -161,7 +162,7 @@ class _Solve(Alike):
         return self._settle_opened(opened)
 
     def reached(self) -> tuple[Any, ...]:
-        """What the equation's map uses; see :class:`~twnn_plugin.adjoints.held.Held`."""
+        """What the equation's map uses."""
         return (*self.parts, self.replay)
 
     def likeness(self) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..adjoints.held import Reaching
 from ..fixed_point import run
 from ..types import Solution
 from .layer import LayerState, RecurrentLayer
@@ -67,7 +68,7 @@ class _Levers:
         return self.opened, self.amount, self.lever, self.silent
 
 
-class Group:
+class Group(Reaching):
     """Wormholes over layers ``first`` to ``last``, with one state: the outputs of their sources.
 
     For wormholes w with source s(w), target t(w) and operator in time S(w) (see :func:`read`)::
@@ -92,7 +93,7 @@ class Group:
         self.sources = sorted({span.spec.source for span in spans})
 
     def reached(self) -> tuple[nn.Module, ...]:
-        """What the equation's map uses; see :class:`~twnn_plugin.adjoints.held.Held`."""
+        """What the equation's map uses."""
         return (*self.spans, *self.layers)
 
     def multiply_adds(self, length: int) -> int:
