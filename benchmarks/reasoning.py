@@ -50,9 +50,10 @@ TRACED: dict[str, Any] = {
     "traced": 1.0,
     "batch_size": 32,
     "updates": 3000,
-    "lr": 4e-3,
+    "clutter": 4,
 }
-"""Contours of up to 6 dashes, told which have a dot: so tracing is learnt, and longer ones are read, too."""
+"""Contours of up to 6 dashes, told which have a dot: so tracing is learnt, and longer ones are read, too.
+With clutter that grows with the length, a row of dashes without a dot would give the answer away."""
 CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
     "twnn_pathfinder/6": ("twnn_pathfinder", SMALLER, {6: 4000}),
     "ff_pathfinder/6": ("ff_pathfinder", SMALLER, {6: 4000}),
@@ -69,15 +70,21 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
         "twnn_pathfinder",
         {
             **TRACED,
+            "lr": 3e-3,
             "graded": (14, 18),
-            "model_kwargs": {"width": 12, "stem_width": 12, "reach": 1, "readout": True},
+            "carried": 0.5,
+            "model_kwargs": {"width": 16, "stem_width": 16, "reach": 1, "readout": True},
         },
         LONG,
     ),
-    "ff_pathfinder/traced": ("ff_pathfinder", {**TRACED, "model_kwargs": {"width": 9, "depth": 3}}, LONG),
+    "ff_pathfinder/traced": (
+        "ff_pathfinder",
+        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 12, "depth": 3}},
+        LONG,
+    ),
     "ff_pathfinder/traced, halved twice": (
         "ff_pathfinder",
-        {**TRACED, "model_kwargs": {"width": 8, "depth": 3, "downsample": 2}},
+        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 11, "depth": 3, "downsample": 2}},
         LONG,
     ),
 }

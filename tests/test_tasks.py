@@ -135,10 +135,11 @@ def test_published_sizes():
     assert pixels_of(9) == 24 and pixels_of(13) == 32
 
 
-@pytest.mark.parametrize("length", [6, 14])
-def test_pathfinder_contours_are_apart_and_joined(length):
-    scene = draw_scenes(length, 30, np.random.default_rng(5))
-    contour = _contours(length)
+@pytest.mark.parametrize(("length", "clutter"), [(6, None), (14, None), (2, 4), (14, 6)])
+def test_pathfinder_contours_are_apart_and_joined(length, clutter):
+    scene = draw_scenes(length, 30, np.random.default_rng(5), clutter)
+    contour = _contours(length, clutter)
+    assert np.bincount(contour).tolist() == [length] * 2 + [clutter or length // 3] * 4
     gap = np.linalg.norm(scene.centre[:, :, None] - scene.centre[:, None], axis=-1)
     other = contour[:, None] != contour[None]
     following = (np.arange(len(contour) - 1), np.arange(1, len(contour)))
@@ -191,6 +192,13 @@ def test_no_pixel_is_left_out_by_painting_around_each_dash(pixels):
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-4)
 
 
+def test_clutter_is_a_third_of_a_contour_unless_one_says_otherwise():
+    plain, same, more = (pathfinder(14, 8, 3, "test", clutter=clutter) for clutter in (None, 4, 5))
+    assert torch.equal(plain.inputs, same.inputs) and torch.equal(plain.targets, same.targets)
+    assert not torch.equal(plain.inputs, more.inputs)
+    assert pathfinder(2, 4, clutter=6).inputs.mean() > pathfinder(2, 4).inputs.mean()
+
+
 def test_marks_say_which_contours_have_a_dot_and_where_they_end_without():
     examples = pathfinder(6, 60, 0, "train", pixels=64)
     marks = examples.marks
@@ -221,6 +229,8 @@ def test_marks_say_which_contours_have_a_dot_and_where_they_end_without():
         (lambda: mazes(3, 300, 0, "val"), "none is in the split 'val'"),
         (lambda: pathfinder(20, 1), "length"),
         (lambda: pathfinder(6, 1, pixels=8), "pixels"),
+        (lambda: pathfinder(6, 1, clutter=1), "clutter must be a whole number, 2 to 6"),
+        (lambda: find_task("mazes").painted(clutter=3), "no images of a chosen resolution or clutter"),
         (lambda: find_task("maze"), "Did you mean 'mazes'"),
     ],
 )

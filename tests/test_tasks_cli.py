@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from click.testing import CliRunner
 
@@ -17,9 +18,9 @@ from zoo.checkpoint import LAST, load_checkpoint
 from zoo.cli import main
 from zoo.config import TrainConfig
 from zoo.errors import CheckpointError, ConfigError, DataError
-from zoo.tasks import images, mazes, prefix_sums, read_examples, recipe_for
+from zoo.tasks import images, mazes, prefix_sums, read_examples, recipe_for, score
 from zoo.tasks.run import WEIGHTS_FILE, evaluate_task, load_model
-from zoo.tasks.saved import Saved, resumed_model, saved_settings
+from zoo.tasks.saved import ARGS, Saved, resumed_model, saved_settings
 
 SHORT = ("--bits", 16, "--batch-size", 8, "--updates", 6)
 UNWRITABLE = Path("/sys")
@@ -181,6 +182,18 @@ def test_the_printed_command_evaluates_what_was_trained(finished, tmp_path):
     assert figures["parameters"] == fewer < sum(p.numel() for p in load_model("twnn_prefix")[0].parameters())
     assert figures_of(tmp_path, *command[1:], "--bits", 20)["size"] == 20
     assert "do not fit" in refused(*command, "--model-kwargs", "width=12")
+
+
+def test_a_run_is_evaluated_on_images_with_its_own_clutter(tmp_path):
+    changes = {"size": 3, "easier": (2,), "pixels": 48, "clutter": 4, "model_kwargs": {"width": 8}}
+    recipe = recipe_for("twnn_pathfinder", **changes, updates=1, batch_size=4)
+    trained = training.train_task(recipe).model
+    safetensors.torch.save_file(trained.state_dict(), tmp_path / WEIGHTS_FILE)
+    (tmp_path / ARGS).write_text(json.dumps(recipe.as_dict()))
+    figures = figures_of(tmp_path, "--checkpoint", tmp_path / WEIGHTS_FILE, "--seed", 5)
+    assert (figures["size"], figures["img_size"], figures["clutter"]) == (3, 48, 4)
+    examples = recipe.find_task().draw(3, 20, 5, "test")
+    assert figures["right"] == float(score(trained, examples).right.double().mean())
 
 
 def test_a_checkpoint_says_which_model_it_is_of(finished, stopped, tmp_path):

@@ -18,7 +18,7 @@ from zoo.errors import ConfigError
 from zoo.tasks import RECIPES, Recipe, prefix_sums, recipe_for, score, train_task
 from zoo.tasks.catalog import Growing, find_task
 from zoo.tasks.examples import Examples
-from zoo.tasks.objectives import Tracer
+from zoo.tasks.objectives import Tracer, _run
 from zoo.tasks.recipe import METHODS
 from zoo.tasks.run import load_model
 
@@ -81,8 +81,21 @@ def test_images_of_another_resolution():
     for pixels, said in ((16, "at least 32|32 to 1024"), (True, "whole number")):
         with pytest.raises(ConfigError, match=said):
             train_task(replace(recipe, pixels=pixels))
-    with pytest.raises(ConfigError, match="mazes has no images of a chosen resolution; got pixels=48"):
+    with pytest.raises(ConfigError, match="resolution or clutter; got pixels=48"):
         recipe_for("twnn_maze", pixels=48)
+
+
+def test_images_with_other_clutter():
+    plain = recipe_for("twnn_pathfinder", updates=1, batch_size=4, size=3, easier=(2,))
+    recipe = replace(plain, clutter=4)
+    drawn, more = (one.find_task().draw(3, 2, 0, "val").inputs for one in (plain, recipe))
+    assert drawn.shape == more.shape and more.sum() > 1.2 * drawn.sum()
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+    assert train_task(recipe).losses != train_task(plain).losses
+    with pytest.raises(ConfigError, match="clutter must be a whole number"):
+        train_task(replace(recipe, clutter=9))
+    with pytest.raises(ConfigError, match="prefix_sums has no images of a chosen resolution or clutter"):
+        recipe_for("twnn_prefix", clutter=3)
 
 
 def test_learning_goes_down():
@@ -126,6 +139,8 @@ def test_selection_takes_the_best_on_validation_data():
         ({"task": "pathfinder", "size": 4, "easier": (3,), "passed": 1.0}, "passed=1.0"),
         ({"passed": 0.8}, "0 without easier sizes"),
         ({"grown": 1.5}, "grown=1.5"),
+        ({"carried": 1.5}, "carried=1.5"),
+        ({"carried": 0.5, "method": "implicit"}, "which the method 'implicit' has not"),
         ({"traced": -1.0}, "traced=-1.0"),
         ({"traced": 1.0}, "only pathfinder's images have"),
         ({"traced": 1.0, "task": "pathfinder", "size": 4, "method": "phantom"}, "'unrolled' or 'plain'"),
@@ -363,6 +378,7 @@ class Stop(Exception):
         {"model": "twnn_maze", "size": 5, "select": 2},
         {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4)},
         {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4), "traced": 1.0},
+        {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4), "carried": 0.5},
     ],
 )
 def test_an_interrupted_training_goes_on_to_the_same_weights(changes, tmp_path):
@@ -439,3 +455,31 @@ def test_a_tracer_learns_from_the_positions_that_have_a_mark():
     touched = features.grad[0].abs().sum(dim=0) > 0
     assert touched.nonzero().tolist() == [[0, 0], [0, 2], [3, 3]]
     assert float(tracer(features, torch.full_like(marks, -1)).detach()) == 0
+
+
+class Latch(torch.nn.Module):
+    """``z' = max(z, w z + x)``: what Iterated needs, and a gradient that can be written down."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def step(self, z, x):
+        return torch.maximum(z, self.w * z + x)
+
+
+@pytest.mark.parametrize("carried", [0.0, 0.25, 1.0])
+def test_a_share_of_the_gradient_is_carried_and_all_of_it_by_what_was_left(carried):
+    model, x = Latch(), torch.tensor([[[[1.0, -2.0]]]], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([[[[0.0, 0.5]]]], dtype=torch.float64, requires_grad=True)
+    recipe = recipe_for("twnn_maze", carried=carried)
+    end = _run(model, z, x, 3, recipe)
+    exact = _run(model, z, x, 3, recipe_for("twnn_maze"))
+    assert torch.equal(end, exact)  # the value is not touched
+    # The first entry is written at every step, 1 -> 2.5 -> 4.75; the second one stays 0.5 throughout.
+    assert end.flatten().tolist() == [4.75, 0.5]
+    to_z, to_x, to_w = torch.autograd.grad(end.sum(), (z, x, model.w))
+    through = carried * 1.5
+    assert to_z.flatten().tolist() == [through**3, 1.0]
+    assert to_x.flatten().tolist() == [1 + through + through**2, 0.0]
+    assert float(to_w) == 2.5 + through * 1.0

@@ -60,15 +60,21 @@ class Task:
     models: str
     measures: dict[str, str]
 
-    def painted(self, pixels: int) -> Task:
-        """The task with images of another resolution.
+    def painted(self, pixels: int | None = None, clutter: int | None = None) -> Task:
+        """The task with images of another resolution, or with other clutter; None: its own.
 
         Raises:
             ConfigError: what it draws has none.
         """
+        chosen = {key: v for key, v in (("pixels", pixels), ("clutter", clutter)) if v is not None}
+        if not chosen:
+            return self
         if self.draw is not pathfinder:
-            raise ConfigError(f"{self.name} has no images of a chosen resolution; got pixels={pixels!r}.")
-        return replace(self, draw=partial(pathfinder, pixels=pixels))
+            said = ", ".join(f"{key}={value!r}" for key, value in chosen.items())
+            raise ConfigError(
+                f"{self.name} has no images of a chosen resolution or clutter; got {said}. Leave it out."
+            )
+        return replace(self, draw=partial(pathfinder, **chosen))
 
 
 TASKS = {

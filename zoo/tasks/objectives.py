@@ -164,11 +164,15 @@ def _draw(random: np.random.Generator, bounds: tuple[int, int]) -> int:
     return int(random.integers(bounds[0], bounds[1] + 1))
 
 
-def _run(model: Iterated, z: Tensor, x: Tensor, steps: int, drop: float = 0.0) -> Tensor:
+def _run(model: Iterated, z: Tensor, x: Tensor, steps: int, recipe: Recipe) -> Tensor:
     for _ in range(steps):
-        new = model.step(z, x)
-        if drop:
-            new = torch.where(torch.rand_like(new[:, :1]) < drop, z, new)
+        if recipe.carried < 1 and torch.is_grad_enabled():
+            new = model.step(torch.lerp(z.detach(), z, recipe.carried), x)
+            new = torch.where(new == z, z, new)
+        else:
+            new = model.step(z, x)
+        if recipe.drop:
+            new = torch.where(torch.rand_like(new[:, :1]) < recipe.drop, z, new)
         z = new
     return z
 
@@ -181,7 +185,7 @@ def _unrolled(
         share = (batches.size + _ENDS) / (recipe.size + _ENDS)
         bounds = (max(1, round(share * bounds[0])), max(1, round(share * bounds[1])))
     x = model.inject(batch.inputs)
-    z = _run(model, model.blank(x), x, _draw(random, bounds), recipe.drop)
+    z = _run(model, model.blank(x), x, _draw(random, bounds), recipe)
     if tracer is None:
         return batches.loss(model.read(z, x), batch.targets)
     assert batch.marks is not None
@@ -196,13 +200,13 @@ def _progressive(recipe: Recipe, model: Iterated, batch: Examples, random: np.ra
     most = recipe.graded[1]
     loss = torch.zeros((), device=x.device)
     if recipe.alpha < 1:
-        z = _run(model, model.blank(x), x, most, recipe.drop)
+        z = _run(model, model.blank(x), x, most, recipe)
         loss = (1 - recipe.alpha) * F.cross_entropy(model.read(z, x), batch.targets)
     if recipe.alpha > 0:
         free = _draw(random, (0, most - 1))
         with torch.no_grad():
-            z = _run(model, model.blank(x), x, free, recipe.drop)
-        z = _run(model, z, x, _draw(random, (1, most - free)), recipe.drop)
+            z = _run(model, model.blank(x), x, free, recipe)
+        z = _run(model, z, x, _draw(random, (1, most - free)), recipe)
         loss = loss + recipe.alpha * F.cross_entropy(model.read(z, x), batch.targets)
     return loss
 
@@ -221,11 +225,11 @@ class Phantom:
         if z is None:
             z = self._fresh(x)
         with torch.no_grad():
-            z = _run(model, z, x, _draw(self.random, recipe.free), recipe.drop)
+            z = _run(model, z, x, _draw(self.random, recipe.free), recipe)
         penalty = torch.zeros((), device=x.device)
         if recipe.jacobian and update >= recipe.jacobian_from * recipe.updates:
             penalty = recipe.jacobian * jacobian_frobenius(model.step, z, x.detach())
-        z = _run(model, z, x, _draw(self.random, recipe.graded), recipe.drop)
+        z = _run(model, z, x, _draw(self.random, recipe.graded), recipe)
         if recipe.buffer:
             self.kept.append((inputs, targets, z.detach()))
         return F.cross_entropy(model.read(z, x), targets) + penalty

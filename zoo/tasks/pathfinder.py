@@ -43,7 +43,12 @@ class Scene:
 
 
 def pathfinder(
-    length: int = 14, count: int = 1, seed: int = 0, split: str = "train", pixels: int = 32
+    length: int = 14,
+    count: int = 1,
+    seed: int = 0,
+    split: str = "train",
+    pixels: int = 32,
+    clutter: int | None = None,
 ) -> Examples:
     """Images with two long contours of dashes, shorter ones as clutter, and two dots.
 
@@ -56,6 +61,10 @@ def pathfinder(
         seed: of the images.
         split: ``"train"``, ``"val"`` or ``"test"``.
         pixels: height and width, at least 32; the same scenes at any resolution.
+        clutter: dashes in each of the short contours, 2 to 6; None: a third of ``length``, at least 2. Where
+            several lengths are compared it is to be one number: else what is clutter changes with the length,
+            and a network that has never seen three dashes in a row on a contour without a dot, except where
+            the dots are joined, takes them for the answer.
 
     Returns:
         Inputs (N, 1, pixels, pixels) in [0, 1], targets (N,); difficulty: ``turning``, how far the
@@ -65,18 +74,22 @@ def pathfinder(
     Raises:
         ConfigError: an argument is out of range.
     """
-    for name, value, low, high in (("length", length, 2, 14), ("pixels", pixels, 32, 1024)):
+    limits = [("length", length, 2, 14), ("pixels", pixels, 32, 1024)]
+    if clutter is not None:
+        limits.append(("clutter", clutter, 2, 6))
+    for name, value, low, high in limits:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ConfigError(f"{name} must be a whole number, {low} to {high}; got {value!r}.")
+    contour = _contours(length, clutter)
     random = generator(seed, split, 3, length)
 
     def draw(n: int) -> tuple[np.ndarray, ...]:
-        scene = draw_scenes(length, n, random)
+        scene = draw_scenes(length, n, random, clutter)
         content = np.concatenate([scene.centre.reshape(len(scene.dots), -1) * 4096, scene.dots], axis=1)
         return content.astype(np.int64), scene.centre, scene.angle, scene.dots
 
     _, centre, angle, dots = collect(count, split, draw, 1024)
-    scene = Scene(centre, angle, _contours(length), dots)
+    scene = Scene(centre, angle, contour, dots)
     first = dots[:, :1] // length * length + np.arange(length)
     turns = np.abs(np.diff(np.take_along_axis(angle, first, axis=1), axis=1)).sum(axis=1)
     targets = torch.from_numpy((dots[:, 0] // length == dots[:, 1] // length).astype(np.int64))
@@ -85,8 +98,8 @@ def pathfinder(
     )
 
 
-def _contours(length: int) -> np.ndarray:
-    short = max(2, length // 3)
+def _contours(length: int, clutter: int | None) -> np.ndarray:
+    short = max(2, length // 3) if clutter is None else clutter
     return np.concatenate([np.repeat([0, 1], length), np.repeat(np.arange(2, 2 + _DISTRACTORS), short)])
 
 
@@ -102,9 +115,9 @@ def _marks(scene: Scene, length: int, pixels: int) -> Tensor:
     return torch.where(there.sum(dim=1, keepdim=True) == 1, number, -1).to(torch.int8)
 
 
-def draw_scenes(length: int, count: int, random: np.random.Generator) -> Scene:
+def draw_scenes(length: int, count: int, random: np.random.Generator, clutter: int | None = None) -> Scene:
     """``count`` scenes at most: those in which every contour found its place, at least one."""
-    contour = _contours(length)
+    contour = _contours(length, clutter)
     total = len(contour)
     while True:
         centre = np.full((count, total, 2), 9.0)  # outside: not there yet

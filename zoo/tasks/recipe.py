@@ -46,6 +46,10 @@ class Recipe:
             collapse the map.
         alpha: weight of the progressive loss against that after all steps.
         drop: share of the positions that a free or graded step leaves as they were, at random.
+        carried: share of the gradient with respect to a graded step's result that goes on to the step before
+            through what the step computes; what the step left as it was passes all of it on. Below 1 the
+            gradient of many steps neither explodes nor is forgotten by a state that latches (as h-detach
+            does for LSTMs, Arpit et al. 2019). 1: the true gradient.
         buffer: states kept from update to update, with their examples; 0: every update starts anew (phantom).
         fresh: share of the buffer that is started anew at each use.
         easier: smaller sizes, ascending, that are trained on first; see :class:`~zoo.tasks.catalog.Growing`.
@@ -57,6 +61,8 @@ class Recipe:
             position of the last state or feature map what its mark is (pathfinder). With ``"unrolled"`` it
             alone teaches the state, and the classifier learns to read that.
         pixels: height and width of the images (pathfinder); None: the task's own.
+        clutter: dashes in each of the short contours of an image (pathfinder), one number for all sizes;
+            None: a third of those in a long one.
         select: updates between looks at validation examples of the same size; the weights that were right
             most often, the latest of equals, are the result. 0: the last ones are.
         seed: of everything random.
@@ -80,6 +86,7 @@ class Recipe:
     jacobian_from: float = 0.5
     alpha: float = 0.5
     drop: float = 0.0
+    carried: float = 1.0
     buffer: int = 0
     fresh: float = 0.04
     easier: tuple[int, ...] = ()
@@ -87,6 +94,7 @@ class Recipe:
     grown: float = 0.7
     traced: float = 0.0
     pixels: int | None = None
+    clutter: int | None = None
     select: int = 0
     seed: int = 0
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -101,7 +109,7 @@ class Recipe:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip"):
             self._require(name, getattr(self, name) > 0, "a positive number")
-        for name in ("noise", "jacobian_from", "alpha", "fresh", "grown"):
+        for name in ("noise", "jacobian_from", "alpha", "fresh", "grown", "carried"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("ema", "drop"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
@@ -127,6 +135,11 @@ class Recipe:
                 f"traced={self.traced} needs marks, which only pathfinder's images have, and the method "
                 f"'unrolled' or 'plain'; got {self.task} and {self.method!r}. Leave it out."
             )
+        if self.carried < 1 and self.method not in ("phantom", "unrolled", "progressive"):
+            raise ConfigError(
+                f"carried={self.carried} is of the gradient through graded steps, which the method "
+                f"{self.method!r} has not. Leave it out, or use 'phantom', 'unrolled' or 'progressive'."
+            )
         if self.buffer and self.method != "phantom":
             raise ConfigError(f"Only the method 'phantom' keeps states; got buffer={self.buffer}.")
 
@@ -134,10 +147,9 @@ class Recipe:
         """The task that is trained on.
 
         Raises:
-            ConfigError: there is none of this name, or its inputs have no ``pixels`` to choose.
+            ConfigError: there is none of this name, or its inputs have no ``pixels`` or ``clutter``.
         """
-        task = find_task(self.task)
-        return task if self.pixels is None else task.painted(self.pixels)
+        return find_task(self.task).painted(self.pixels, self.clutter)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

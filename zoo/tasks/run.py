@@ -260,7 +260,8 @@ def _saved(name: str, checkpoint: str | Path | None) -> Saved:
 def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str, dict[str, Any]]:
     """Whole answers, statuses and steps of a reasoning model.
 
-    The model's options, the size and the resolution that are not given are those of the checkpoint's run.
+    What is not given of the model's options, the size and the resolution is that of the checkpoint's run, and
+    so is the clutter.
 
     Args:
         options: the options of ``twnn eval`` by name.
@@ -280,8 +281,7 @@ def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str,
     saved = _saved(name, options["checkpoint"])
     size = task_size(task, options, saved.size or task.trained)
     pixels = options["img_size"] or saved.pixels
-    if pixels is not None:
-        task = task.painted(pixels)
+    task = task.painted(pixels, saved.clutter)
     device = pick_device(options["device"])
     model, source = load_model(name, options["checkpoint"], options["model_kwargs"])
     model = model.to(device)
@@ -303,6 +303,7 @@ def evaluate_task(options: Mapping[str, Any], console: Any = None) -> tuple[str,
         "data": options["data_dir"] or "generated",
         "device": str(device),
         **({"img_size": pixels} if pixels is not None else {}),
+        **({"clutter": saved.clutter} if saved.clutter is not None else {}),
         **({"amp": True} if options["amp"] else {}),
         **solve,
     }

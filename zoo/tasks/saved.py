@@ -24,12 +24,14 @@ class Saved:
         model_kwargs: its options.
         size: of the examples it was trained on, in the task's units.
         pixels: height and width of its images.
+        clutter: dashes in each of their short contours.
     """
 
     model: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     size: int | None = None
     pixels: int | None = None
+    clutter: int | None = None
 
     def is_of(self, model: str) -> bool:
         """Whether ``model`` is what was trained; the tag of published weights does not matter."""
@@ -54,6 +56,7 @@ def saved_settings(path: Path) -> Saved:
         dict(values.get("model_kwargs") or {}),
         values.get("size", values.get("contour_length")),  # as a recipe says it, as a TrainConfig does
         values.get("pixels", values.get("img_size")),
+        values.get("clutter"),
     )
 
 
