@@ -72,6 +72,7 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
             **TRACED,
             "lr": 3e-3,
             "graded": (14, 18),
+            "beyond": 30,
             "carried": 0.5,
             "model_kwargs": {"width": 16, "stem_width": 16, "reach": 1, "readout": True},
         },

@@ -139,6 +139,8 @@ def test_selection_takes_the_best_on_validation_data():
         ({"task": "pathfinder", "size": 4, "easier": (3,), "passed": 1.0}, "passed=1.0"),
         ({"passed": 0.8}, "0 without easier sizes"),
         ({"grown": 1.5}, "grown=1.5"),
+        ({"beyond": -1}, "beyond=-1"),
+        ({"beyond": 4, "method": "phantom"}, "beyond=4 is of the method 'unrolled'"),
         ({"carried": 1.5}, "carried=1.5"),
         ({"carried": 0.5, "method": "implicit"}, "which the method 'implicit' has not"),
         ({"traced": -1.0}, "traced=-1.0"),
@@ -374,11 +376,18 @@ class Stop(Exception):
     "changes",
     [
         {"buffer": 16, "fresh": 0.5, "drop": 0.2, "jacobian_from": 0.0},
-        {"method": "progressive", "graded": (2, 4)},
+        {"method": "progressive", "graded": (2, 4), "carried": 0.5},
         {"model": "twnn_maze", "size": 5, "select": 2},
         {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4)},
         {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4), "traced": 1.0},
-        {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4), "carried": 0.5},
+        {
+            "model": "twnn_pathfinder",
+            "size": 4,
+            "easier": (2, 3),
+            "graded": (2, 4),
+            "carried": 0.5,
+            "beyond": 5,
+        },
     ],
 )
 def test_an_interrupted_training_goes_on_to_the_same_weights(changes, tmp_path):
@@ -483,3 +492,23 @@ def test_a_share_of_the_gradient_is_carried_and_all_of_it_by_what_was_left(carri
     assert to_z.flatten().tolist() == [through**3, 1.0]
     assert to_x.flatten().tolist() == [1 + through + through**2, 0.0]
     assert float(to_w) == 2.5 + through * 1.0
+
+
+def test_steps_without_gradient_come_before_every_second_update(monkeypatch):
+    import zoo.tasks.objectives as objectives
+
+    taken = []
+
+    def noted(model, z, x, steps, recipe):
+        taken.append((torch.is_grad_enabled(), steps))
+        return _run(model, z, x, steps, recipe)
+
+    monkeypatch.setattr(objectives, "_run", noted)
+    recipe = recipe_for("twnn_maze", updates=40, batch_size=2, size=5, select=0, graded=(2, 3), beyond=6)
+    train_task(recipe)
+    free = [steps for graded, steps in taken if not graded]
+    assert 10 <= len(free) <= 30 and set(free) <= set(range(7)) and len(set(free)) > 3
+    assert [graded for graded, _ in taken].count(True) == 40
+    taken.clear()
+    train_task(replace(recipe, beyond=0, updates=8))
+    assert [graded for graded, _ in taken] == [True] * 8

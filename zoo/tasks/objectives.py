@@ -185,7 +185,11 @@ def _unrolled(
         share = (batches.size + _ENDS) / (recipe.size + _ENDS)
         bounds = (max(1, round(share * bounds[0])), max(1, round(share * bounds[1])))
     x = model.inject(batch.inputs)
-    z = _run(model, model.blank(x), x, _draw(random, bounds), recipe)
+    z = model.blank(x)
+    if recipe.beyond and random.random() < 0.5:
+        with torch.no_grad():
+            z = _run(model, z, x, _draw(random, (0, recipe.beyond)), recipe)
+    z = _run(model, z, x, _draw(random, bounds), recipe)
     if tracer is None:
         return batches.loss(model.read(z, x), batch.targets)
     assert batch.marks is not None

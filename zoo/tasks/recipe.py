@@ -46,6 +46,8 @@ class Recipe:
             collapse the map.
         alpha: weight of the progressive loss against that after all steps.
         drop: share of the positions that a free or graded step leaves as they were, at random.
+        beyond: in every second update, at random, up to so many steps without gradient come first (unrolled):
+            a state that was reached within the graded steps must not be left in those after them.
         carried: share of the gradient with respect to a graded step's result that goes on to the step before
             through what the step computes; what the step left as it was passes all of it on. Below 1 the
             gradient of many steps neither explodes nor is forgotten by a state that latches (as h-detach
@@ -86,6 +88,7 @@ class Recipe:
     jacobian_from: float = 0.5
     alpha: float = 0.5
     drop: float = 0.0
+    beyond: int = 0
     carried: float = 1.0
     buffer: int = 0
     fresh: float = 0.04
@@ -113,7 +116,7 @@ class Recipe:
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("ema", "drop"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        for name in ("warmup", "seed", "jacobian", "buffer", "select", "traced"):
+        for name in ("warmup", "seed", "jacobian", "buffer", "select", "traced", "beyond"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("free", 0 <= self.free[0] <= self.free[1], "fewest and most steps")
         self._require("graded", 1 <= self.graded[0] <= self.graded[1], "fewest and most steps, from 1 on")
@@ -139,6 +142,11 @@ class Recipe:
             raise ConfigError(
                 f"carried={self.carried} is of the gradient through graded steps, which the method "
                 f"{self.method!r} has not. Leave it out, or use 'phantom', 'unrolled' or 'progressive'."
+            )
+        if self.beyond and self.method != "unrolled":
+            raise ConfigError(
+                f"beyond={self.beyond} is of the method 'unrolled'; got {self.method!r}, whose steps without "
+                "gradient, if it has any, are its own. Leave it out."
             )
         if self.buffer and self.method != "phantom":
             raise ConfigError(f"Only the method 'phantom' keeps states; got buffer={self.buffer}.")
