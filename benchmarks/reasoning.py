@@ -74,18 +74,18 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
             "graded": (14, 18),
             "beyond": 30,
             "carried": 0.5,
-            "model_kwargs": {"width": 16, "stem_width": 16, "reach": 1, "readout": True},
+            "model_kwargs": {"width": 16, "stem_width": 16, "reach": 1, "questions": 2},
         },
         LONG,
     ),
     "ff_pathfinder/traced": (
         "ff_pathfinder",
-        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 12, "depth": 3}},
+        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 12, "depth": 3, "questions": 2}},
         LONG,
     ),
     "ff_pathfinder/traced, halved twice": (
         "ff_pathfinder",
-        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 11, "depth": 3, "downsample": 2}},
+        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 11, "depth": 3, "downsample": 2, "questions": 2}},
         LONG,
     ),
 }

@@ -108,17 +108,26 @@ def test_a_latching_cell_never_lets_go_and_always_ends():
     assert torch.equal(z, before)
 
 
-def test_a_readout_is_between_state_and_pooling():
-    model = timm.create_model("twnn_pathfinder", readout=True).eval()
-    plain = timm.create_model("twnn_pathfinder").eval()
-    missing, more = plain.load_state_dict(model.state_dict(), strict=False)
-    assert not missing and set(more) == {"readout.weight", "readout.bias"}
+@pytest.mark.parametrize("name", ["twnn_pathfinder", "ff_pathfinder"])
+def test_questions_are_answered_between_features_and_pooling(name):
+    model, plain = (timm.create_model(name, questions=n).eval() for n in (3, 0))
+    part = {k: v for k, v in model.state_dict().items() if not k.startswith(("answers.", "fc."))}
+    missing, more = plain.load_state_dict(part, strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not more
     images = torch.rand(2, 1, 32, 32)
-    state = model.forward_features(images)
-    torch.testing.assert_close(state, plain.forward_features(images))
-    seen = torch.relu(model.readout(state)).amax(dim=(2, 3))
-    torch.testing.assert_close(model.forward_head(state, pre_logits=True), seen)
-    torch.testing.assert_close(model(images), model.fc(seen))
+    features = model.forward_features(images)
+    torch.testing.assert_close(features, plain.forward_features(images))
+    best = model.answers(features).amax(dim=(2, 3))
+    assert best.shape == (2, 3) and model.head_hidden_size == 3
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), best)
+    torch.testing.assert_close(model(images), model.fc(best))
+    model.reset_classifier(5)
+    assert model(images).shape == (2, 5)
+    model.reset_classifier(0)
+    assert model(images).shape == (2, 3)
+    for wrong in (-1, True, 1.5):
+        with pytest.raises(tw.errors.OptionError, match="questions must be a whole number"):
+            timm.create_model(name, questions=wrong)
 
 
 def test_patches_cover_every_pixel_that_matters():

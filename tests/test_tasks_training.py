@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
@@ -18,7 +19,7 @@ from zoo.errors import ConfigError
 from zoo.tasks import RECIPES, Recipe, prefix_sums, recipe_for, score, train_task
 from zoo.tasks.catalog import Growing, find_task
 from zoo.tasks.examples import Examples
-from zoo.tasks.objectives import Tracer, _run
+from zoo.tasks.objectives import Batches, _run, _traced, traced_loss
 from zoo.tasks.recipe import METHODS
 from zoo.tasks.run import load_model
 
@@ -158,15 +159,16 @@ def test_pathfinder_recipes_run(model):
     changes = {"size": 4, "easier": (2, 3), "graded": (2, 4), "updates": 6, "batch_size": 8}
     trained = train_task(recipe_for(model, **changes))
     assert all(torch.isfinite(torch.tensor(trained.losses)))
+    asked = {**changes, "model_kwargs": {"questions": 2}}
     # The first loss is taken before the weights change: what is told besides is added to it.
-    told = train_task(recipe_for(model, **changes, traced=0.5))
-    twice = train_task(recipe_for(model, **changes, traced=1.0))
-    assert trained.losses[0] < told.losses[0] < twice.losses[0]
-    more = twice.losses[0] - told.losses[0]
-    assert told.losses[0] - trained.losses[0] == pytest.approx(more, rel=1e-4)
-    assert told.model.state_dict().keys() == trained.model.state_dict().keys()
+    told, twice, thrice = (
+        train_task(recipe_for(model, **asked, traced=w)).losses[0] for w in (0.5, 1.0, 1.5)
+    )
+    assert told < twice and thrice - twice == pytest.approx(twice - told, rel=1e-3)
+    with pytest.raises(ConfigError, match=f"2 questions at each position; {model} answers 0"):
+        train_task(recipe_for(model, **changes, traced=1.0))
     here = find_task("pathfinder").draw(4, 8, 0, "train")
-    plain = recipe_for(model, **{**changes, "easier": (), "passed": 0.0, "updates": 1, "traced": 1.0})
+    plain = recipe_for(model, **{**asked, "easier": (), "passed": 0.0, "updates": 1, "traced": 1.0})
     assert len(train_task(plain, data=here).losses) == 1
     with pytest.raises(ConfigError, match="have no marks"):
         train_task(plain, data=replace(here, marks=None))
@@ -379,7 +381,14 @@ class Stop(Exception):
         {"method": "progressive", "graded": (2, 4), "carried": 0.5},
         {"model": "twnn_maze", "size": 5, "select": 2},
         {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4)},
-        {"model": "twnn_pathfinder", "size": 4, "easier": (2, 3), "graded": (2, 4), "traced": 1.0},
+        {
+            "model": "twnn_pathfinder",
+            "size": 4,
+            "easier": (2, 3),
+            "graded": (2, 4),
+            "traced": 1.0,
+            "model_kwargs": {"questions": 2},
+        },
         {
             "model": "twnn_pathfinder",
             "size": 4,
@@ -442,28 +451,35 @@ def test_resume_from_the_command_line(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "last.pth.tar").exists()
 
 
-def test_a_tracer_learns_from_the_positions_that_have_a_mark():
+def test_two_questions_are_answered_at_each_position():
     marks = torch.full((1, 1, 8, 8), -1, dtype=torch.int8)
-    marks[..., :2, :2], marks[..., :2, 4:6], marks[..., 6:, 6:] = (
-        0,
-        1,
-        2,
-    )  # of 4x4 positions: (0,0) (0,2) (3,3)
-    features = torch.randn(1, 3, 4, 4, requires_grad=True)
-    tracer = Tracer(3, weight=2.0)
-    loss = tracer(features, marks)
-    loss.backward()
-    answers = tracer.read(features)[0]
-    dotted = F.binary_cross_entropy_with_logits(
-        torch.stack([answers[0, 0, 0], answers[0, 0, 2], answers[0, 3, 3]]), torch.tensor([0.0, 1.0, 1.0])
+    # Of 4x4 positions (0, 0), (0, 2) and (3, 3) have a dash: without a dot, with one, and an end without.
+    marks[..., :2, :2], marks[..., :2, 4:6], marks[..., 6:, 6:] = 0, 1, 2
+    answers = torch.randn(1, 2, 4, 4)
+    right = torch.zeros(1, 2, 4, 4)
+    right[0, 0, 0, 2] = right[0, 0, 3, 3] = right[0, 1, 3, 3] = 1
+    said = torch.where(right == 1, answers.sigmoid(), 1 - answers.sigmoid())
+    torch.testing.assert_close(traced_loss(answers, marks), -said.log().sum() / 3)
+    known = torch.where(right == 1, 30.0, -30.0)
+    assert float(traced_loss(known, marks)) < 1e-6
+    assert torch.isfinite(traced_loss(answers, torch.full_like(marks, -1)))
+
+
+def test_the_classifier_of_traced_contours_teaches_itself_alone():
+    model = timm.create_model("ff_pathfinder", questions=2)
+    batch, recipe = find_task("pathfinder").draw(4, 8, 0, "train"), recipe_for("ff_pathfinder", traced=0.5)
+    batches = Batches(
+        replace(recipe, easier=(), passed=0.0), find_task("pathfinder"), None, torch.device("cpu")
     )
-    ends = F.binary_cross_entropy_with_logits(
-        torch.stack([answers[1, 0, 0], answers[1, 0, 2], answers[1, 3, 3]]), torch.tensor([0.0, 0.0, 1.0])
-    )
-    torch.testing.assert_close(loss, 2 * (dotted + ends))
-    touched = features.grad[0].abs().sum(dim=0) > 0
-    assert touched.nonzero().tolist() == [[0, 0], [0, 2], [3, 3]]
-    assert float(tracer(features, torch.full_like(marks, -1)).detach()) == 0
+    _traced(recipe, model, batches, batch, model.forward_features(batch.inputs)).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    answers = model.answers(model.forward_features(batch.inputs))
+    (0.5 * traced_loss(answers, batch.marks)).backward()
+    F.cross_entropy(model.classify(answers.detach()), batch.targets).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=name)
+        assert p.grad.abs().sum() > 0
 
 
 class Latch(torch.nn.Module):

@@ -205,8 +205,9 @@ class PathfinderNet(StagedNet):
         blocks: residual blocks in the cell.
         reach: kernel of their convolutions; 1: a step carries news to the next position and no farther.
         downsample: halvings of the image before the cell.
-        readout: a 1x1 convolution before the pooling: of what latches, each channel is full somewhere in most
-            images, and only together do they tell.
+        questions: are answered at each position before the pooling, so that the classifier sees the most
+            certain "yes" to each: of what latches, each channel is full somewhere in most images, and only
+            together do they tell. 0: the state itself is pooled.
         drop_rate: dropout before the classifier.
         global_pool: timm's pooling type.
         **settings: of the wormhole, see :class:`PrefixNet`; the cell latches, and the gradient is that of
@@ -222,7 +223,7 @@ class PathfinderNet(StagedNet):
         blocks: int = 1,
         reach: int = 3,
         downsample: int = 1,
-        readout: bool = False,
+        questions: int = 0,
         drop_rate: float = 0.0,
         global_pool: str = "max",
         **settings: Any,
@@ -233,14 +234,10 @@ class PathfinderNet(StagedNet):
         cell: dict[str, Any] = {"blocks": blocks, "inner": (reach, reach), "latching": True}
         self.loop = make_loop("wormhole", width, stem_width, settings, **cell)
         self.feature_info = [{"num_chs": width, "reduction": 2**downsample, "module": "loop"}]
-        self.readout = nn.Conv2d(width, width, 1) if readout else None
-        self._add_head(width, global_pool)
+        self._add_head(width, global_pool, questions)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         return {"stem": r"^stem", "blocks": r"^(loop)"}
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return super().forward_head(x if self.readout is None else F.relu(self.readout(x)), pre_logits)
 
     def inject(self, inputs: Tensor) -> Tensor:
         """Images to what enters at every step: (B, stem_width, H', W')."""

@@ -102,6 +102,7 @@ class FeedForwardPathfinder(StagedNet):
         width: channels.
         depth: residual blocks.
         downsample: halvings of the image before the blocks.
+        questions: answered at each position before the pooling, as in ``twnn_pathfinder``; 0: none.
         drop_rate: dropout before the classifier.
         global_pool: timm's pooling type.
     """
@@ -113,6 +114,7 @@ class FeedForwardPathfinder(StagedNet):
         width: int = 12,
         depth: int = 4,
         downsample: int = 1,
+        questions: int = 0,
         drop_rate: float = 0.0,
         global_pool: str = "max",
     ):
@@ -122,7 +124,7 @@ class FeedForwardPathfinder(StagedNet):
         self.feature_info = [
             {"num_chs": width, "reduction": 2**downsample, "module": name} for name in self.stages
         ]
-        self._add_head(width, global_pool)
+        self._add_head(width, global_pool, questions)
 
 
 default_cfgs = generate_default_cfgs(

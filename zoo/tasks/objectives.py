@@ -18,9 +18,9 @@ from .catalog import Growing, Task, passes, stream
 from .examples import Examples
 from .recipe import Recipe
 
-__all__ = ["Batches", "Phantom", "Tracer", "objective_of"]
+__all__ = ["QUESTIONS", "Batches", "Phantom", "objective_of", "traced_loss"]
 
-_FEW = -2.0  # a fresh tracer expects few marks
+QUESTIONS = 2  # that traced images have answers to
 _ENDS = 4  # what the ends of a contour add to its length, in dashes
 
 
@@ -84,35 +84,24 @@ def _source(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examp
     return stream(task, recipe.size, recipe.batch_size, recipe.seed)
 
 
-class Tracer(nn.Module):
-    """The second loss of a recipe with ``traced``: two answers, read off a feature map position by position.
+def traced_loss(answers: Tensor, marks: Tensor) -> Tensor:
+    """How well two questions are answered at each position of a feature map.
 
-    Is the contour here one with a dot? Does such a contour end here without a dot?
+    Is there a contour here with a dot? Does such a contour end here without a dot?
 
     Args:
-        channels: of the feature map.
-        weight: of the loss.
+        answers: logits (B, 2, h, w).
+        marks: (B, 1, H, W), those of Pathfinder.
+
+    Returns:
+        Summed cross-entropies of both, by the number of positions where a dash is.
     """
-
-    def __init__(self, channels: int, weight: float):
-        super().__init__()
-        self.weight = weight
-        self.read = nn.Conv2d(channels, 2, 1)
-        nn.init.constant_(self.read.bias, _FEW)  # type: ignore[arg-type]
-
-    def forward(self, features: Tensor, marks: Tensor) -> Tensor:
-        """Features (B, channels, h, w) and marks (B, 1, H, W) of Pathfinder to the loss."""
-        size, answers = features.shape[2:], self.read(features)
-        none, some, end = (F.adaptive_max_pool2d((marks == k).float(), size) for k in range(3))
-        dotted = _answered(answers[:, :1], torch.maximum(some, end), none)
-        return self.weight * (dotted + _answered(answers[:, 1:], end, torch.maximum(none, some) * (1 - end)))
-
-
-def _answered(answer: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Mean cross-entropy over the positions that are one of both."""
-    known = yes != no
-    losses = F.binary_cross_entropy_with_logits(answer, yes, reduction="none")
-    return (losses * known).sum() / known.sum().clamp_min(1)
+    size = (answers.shape[2], answers.shape[3])
+    none, some, end = (F.adaptive_max_pool2d((marks == k).float(), size) for k in range(3))
+    dotted = torch.maximum(some, end)
+    wrong = F.binary_cross_entropy_with_logits(answers, torch.cat([dotted, end], dim=1), reduction="sum")
+    # By all positions, the few that a contour ends at would hardly count.
+    return wrong / torch.maximum(none, dotted).sum().clamp_min(1)
 
 
 def objective_of(
@@ -120,7 +109,6 @@ def objective_of(
     model: nn.Module,
     batches: Batches,
     random: np.random.Generator,
-    tracer: Tracer | None = None,
 ) -> Callable[[int], Tensor]:
     """The loss of an update, by the recipe's method.
 
@@ -129,12 +117,22 @@ def objective_of(
         model: what is trained.
         batches: what it is trained on.
         random: of the numbers of steps.
-        tracer: makes the second loss of a recipe with ``traced``.
+
+    Raises:
+        ConfigError: ``traced``, and the model does not answer that many questions.
+        OptionError: the method iterates a step, and the model has none.
     """
     from twnn_plugin.errors import OptionError
 
-    if recipe.method == "plain" and tracer is not None:
-        return lambda update: _traced(model, batches, tracer)
+    if recipe.traced:
+        found = getattr(getattr(model, "answers", None), "questions", 0)
+        if found != QUESTIONS:
+            raise ConfigError(
+                f"traced={recipe.traced} teaches a model to answer {QUESTIONS} questions at each position; "
+                f"{recipe.model} answers {found}. Set questions={QUESTIONS} in model_kwargs, or leave it out."
+            )
+    if recipe.method == "plain" and recipe.traced:
+        return lambda update: _plainly_traced(recipe, model, batches)
     if recipe.method in ("plain", "implicit"):
         return lambda update: _whole(model, batches)
     if not isinstance(model, Iterated):
@@ -145,7 +143,7 @@ def objective_of(
     if recipe.method == "progressive":
         return lambda update: _progressive(recipe, model, next(batches), random)
     if recipe.method == "unrolled":
-        return lambda update: _unrolled(recipe, model, batches, random, tracer)
+        return lambda update: _unrolled(recipe, model, batches, random)
     return Phantom(recipe, model, batches, random)
 
 
@@ -154,10 +152,9 @@ def _whole(model: nn.Module, batches: Batches) -> Tensor:
     return batches.loss(model(batch.inputs), batch.targets)
 
 
-def _traced(model: Any, batches: Batches, tracer: Tracer) -> Tensor:
+def _plainly_traced(recipe: Recipe, model: Any, batches: Batches) -> Tensor:
     batch = next(batches)
-    features = model.forward_features(batch.inputs)
-    return batches.loss(model.forward_head(features), batch.targets) + tracer(features, batch.marks)
+    return _traced(recipe, model, batches, batch, model.forward_features(batch.inputs))
 
 
 def _draw(random: np.random.Generator, bounds: tuple[int, int]) -> int:
@@ -177,9 +174,7 @@ def _run(model: Iterated, z: Tensor, x: Tensor, steps: int, recipe: Recipe) -> T
     return z
 
 
-def _unrolled(
-    recipe: Recipe, model: Iterated, batches: Batches, random: np.random.Generator, tracer: Tracer | None
-) -> Tensor:
+def _unrolled(recipe: Recipe, model: Iterated, batches: Batches, random: np.random.Generator) -> Tensor:
     batch, bounds = next(batches), recipe.graded
     if batches.size is not None:  # a contour's ends count, too, so that the shortest still take a few
         share = (batches.size + _ENDS) / (recipe.size + _ENDS)
@@ -190,12 +185,19 @@ def _unrolled(
         with torch.no_grad():
             z = _run(model, z, x, _draw(random, (0, recipe.beyond)), recipe)
     z = _run(model, z, x, _draw(random, bounds), recipe)
-    if tracer is None:
-        return batches.loss(model.read(z, x), batch.targets)
+    if recipe.traced:
+        return _traced(recipe, model, batches, batch, z)
+    return batches.loss(model.read(z, x), batch.targets)
+
+
+def _traced(recipe: Recipe, model: Any, batches: Batches, batch: Examples, features: Tensor) -> Tensor:
+    """The loss of both: what is answered at each position, and the classifier that reads the answers."""
     assert batch.marks is not None
-    # What is read off a state that is not traced yet is noise, which through a maximum over positions
-    # undoes what the tracer teaches: the state is the tracer's.
-    return batches.loss(model.read(z.detach(), x.detach()), batch.targets) + tracer(z, batch.marks)
+    answers = model.answers(features)
+    # The classifier's gradient stays in the classifier: it would look for what tells short contours apart,
+    # such as how far a trace has come, and that tells nothing of long ones.
+    loss = batches.loss(model.classify(answers.detach()), batch.targets)
+    return loss + recipe.traced * traced_loss(answers, batch.marks)
 
 
 def _progressive(recipe: Recipe, model: Iterated, batch: Examples, random: np.random.Generator) -> Tensor:

@@ -59,9 +59,10 @@ class Recipe:
         passed: share right of a size's examples, as a running mean, that lets the next of ``easier`` in;
             0: by schedule.
         grown: share of the updates from which on ``size`` itself is trained on, by schedule.
-        traced: weight of a second loss: a 1x1 convolution, thrown away afterwards, is to tell at each
-            position of the last state or feature map what its mark is (pathfinder). With ``"unrolled"`` it
-            alone teaches the state, and the classifier learns to read that.
+        traced: weight of a second loss: a model with ``questions=2`` is to answer at each position whether
+            there is a contour with a dot, and whether such a contour ends there without one (pathfinder;
+            :func:`~zoo.tasks.objectives.traced_loss`). It alone teaches the features, and the classifier
+            learns to read the answers.
         pixels: height and width of the images (pathfinder); None: the task's own.
         clutter: dashes in each of the short contours of an image (pathfinder), one number for all sizes;
             None: a third of those in a long one.

@@ -22,7 +22,7 @@ from ..interrupt import Interruption
 from ..progress import Bar
 from .catalog import Task
 from .examples import Examples
-from .objectives import Batches, Phantom, Tracer, objective_of
+from .objectives import Batches, Phantom, objective_of
 from .recipe import Recipe
 from .scoring import score
 
@@ -107,18 +107,12 @@ class _Training:
         task = recipe.find_task()
         self.model = create(recipe.model, options=recipe.model_kwargs).to(device).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.tracer = None
-        if recipe.traced:
-            model: Any = self.model
-            self.tracer = Tracer(model.num_features, recipe.traced).to(device)
-        parts = [self.model] if self.tracer is None else [self.model, self.tracer]
-        self.trained = nn.ModuleList(parts)
         self.optimizer = torch.optim.AdamW(
-            self.trained.parameters(), lr=recipe.lr, betas=_BETAS, weight_decay=0.0
+            self.model.parameters(), lr=recipe.lr, betas=_BETAS, weight_decay=0.0
         )
         self.batches = Batches(recipe, task, data, device)
         self.random = np.random.default_rng([recipe.seed, 4])
-        self.objective = objective_of(recipe, self.model, self.batches, self.random, self.tracer)
+        self.objective = objective_of(recipe, self.model, self.batches, self.random)
         self.losses: list[float] = []
         self.best = _Best(recipe, task) if recipe.select else None
 
@@ -133,7 +127,7 @@ class _Training:
             raise TrainingError(f"The loss is {self.losses[-1]} after {self.done} updates; try a smaller lr.")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.trained.parameters(), recipe.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
         _average(self.averaged, self.model, min(recipe.ema, (1 + self.done) / (10 + self.done)))
         self.done += 1
@@ -156,7 +150,6 @@ class _Training:
             "seconds": self.seconds,
             "state_dict": self.model.state_dict(),
             "state_dict_ema": self.averaged.state_dict(),
-            "tracer": None if self.tracer is None else self.tracer.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "losses": list(self.losses),
             "rng": rng_state(self.device),
@@ -179,8 +172,6 @@ class _Training:
         self.done, self.seconds, self.losses = state["updates"], state["seconds"], list(state["losses"])
         self.model.load_state_dict(state["state_dict"])
         self.averaged.load_state_dict(state["state_dict_ema"])
-        if self.tracer is not None:
-            self.tracer.load_state_dict(state["tracer"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.go_on(self.done, state["batches"])  # each update takes one
         if isinstance(self.objective, Phantom):
