@@ -378,7 +378,7 @@ def test_rows_with_nan_stay_out_of_everybody_elses_figures():
 # -------------------------------------------------------------------------------------------- certificates
 
 
-def warned(certificate, *phrases: str) -> None:
+def assert_warned(certificate, *phrases: str) -> None:
     text = " ".join(certificate.warnings)
     for phrase in phrases:
         assert phrase in text, text
@@ -415,7 +415,9 @@ def test_warnings_name_the_rows_and_the_reason():
     solution = tw.fix(lambda z, a: a * z, z, slope)  # both rows rest at zero, the second on a knife's edge
     certificate = certify(lambda z, a: a * z, solution, slope)
     assert certificate.state_bound[1] == float("inf")
-    warned(certificate, "1 row(s) [1]: the spectral radius is not below 1", "No backward solve has run")
+    assert_warned(
+        certificate, "1 row(s) [1]: the spectral radius is not below 1", "No backward solve has run"
+    )
 
 
 def test_a_non_normal_map_is_told_from_one_that_does_not_converge():
@@ -423,14 +425,14 @@ def test_a_non_normal_map_is_told_from_one_that_does_not_converge():
     solution = tw.fix(lambda z, x: z @ w + x, torch.zeros(1, 2, dtype=DOUBLE), draw(1, 2), max_iter=200)
     certificate = certify(lambda z, x: z @ w + x, solution, draw(1, 2))
     assert float(certificate.radius.value) < 0.6 and float(certificate.lipschitz.value) > 3
-    warned(certificate, "Lipschitz constant is not safely below 1")
+    assert_warned(certificate, "Lipschitz constant is not safely below 1")
 
 
 def test_a_solution_of_another_function_is_found_out():
     problem = problems.vector()
     solution = tw.fix(problem.f, problem.z0, *problem.context, tol=1e-6)
     other = certify(lambda z, x: 0.9 * problem.f(z, x), solution, *problem.context)
-    warned(other, "residual is larger than the solver reported")
+    assert_warned(other, "residual is larger than the solver reported")
 
 
 def test_inexact_adjoints_and_large_errors_are_named():
@@ -438,9 +440,9 @@ def test_inexact_adjoints_and_large_errors_are_named():
     x = problem.context[0].detach().requires_grad_()
     solution = tw.fix(problem.f, problem.z0, x, adjoint="one_step", tol=1e-6)
     solution.value.sum().backward()
-    warned(certify(problem.f, solution, x), "'one_step' is an approximation")
+    assert_warned(certify(problem.f, solution, x), "'one_step' is an approximation")
     rough = tw.fix(problem.f, problem.z0, x, tol=0.5)
-    warned(certify(problem.f, rough, x), "may be more than 10 % off")
+    assert_warned(certify(problem.f, rough, x), "may be more than 10 % off")
 
 
 def test_rows_that_failed_and_radii_that_have_not_settled_are_named():
@@ -449,7 +451,9 @@ def test_rows_that_failed_and_radii_that_have_not_settled_are_named():
     x = draw(2, 200)
     with pytest.warns(tw.ConvergenceWarning):
         solution = tw.fix(lambda z, x: z @ w + x, torch.zeros_like(x), x, max_iter=3, solver="picard")
-    warned(certify(lambda z, x: z @ w + x, solution, x), "max_iter: 2 row(s) [0, 1]", "has not settled")
+    assert_warned(
+        certify(lambda z, x: z @ w + x, solution, x), "max_iter: 2 row(s) [0, 1]", "has not settled"
+    )
 
 
 # ------------------------------------------------------------------------------------------- the document

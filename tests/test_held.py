@@ -53,7 +53,7 @@ class Net(nn.Module):
         ).value
 
 
-def close(found, expected, bound: float = 1e-7) -> None:
+def assert_close(found, expected, bound: float = 1e-7) -> None:
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() <= bound * b.norm().clamp_min(1e-12)
 
@@ -69,7 +69,7 @@ def test_functional_call(adjoint):
         grads(functional_call(net, other, (inputs(),)), list(other.values()))
         for net in (Net(adjoint), Net("unrolled"))
     )
-    close(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("adjoint", GRAFTED)
@@ -80,7 +80,7 @@ def test_functional_call_twice(adjoint):
         once = grads(functional_call(net, other, (inputs(),)), list(other.values()), create_graph=True)
         total = sum(g.square().sum() for g in once)
         found.append(torch.autograd.grad(total, list(other.values())))
-    close(*found, bound=1e-5)
+    assert_close(*found, bound=1e-5)
 
 
 @pytest.mark.parametrize("adjoint", GRAFTED)
@@ -94,13 +94,13 @@ def test_transforms_of_a_module_that_solves(adjoint):
 
     expected = torch.func.grad(functools.partial(loss, net=Net("unrolled")))(p, x)
     found = torch.func.grad(loss)(p, x)
-    close([found[n] for n in names], [expected[n] for n in names])
+    assert_close([found[n] for n in names], [expected[n] for n in names])
     each = torch.func.vmap(torch.func.grad(lambda p, x: loss(p, x[None])), (None, 0))(p, x)
-    close([each[n].sum(0) for n in names], [expected[n] for n in names])
+    assert_close([each[n].sum(0) for n in names], [expected[n] for n in names])
     few = x[15:18]
     back = torch.func.jacrev(lambda p: functional_call(net, p, (few,)))(p)
     forth = torch.func.jacfwd(lambda p: functional_call(net, p, (few,)))(p)
-    close([back[n] for n in names], [forth[n] for n in names])
+    assert_close([back[n] for n in names], [forth[n] for n in names])
 
 
 def late(kind: str, early: bool):
@@ -138,7 +138,7 @@ def late(kind: str, early: bool):
 def test_late_bound_variables(kind):
     used = {"allow_unused": True, "materialize_grads": True}
     found, expected = (grads(*late(kind, early), **used) for early in (False, True))
-    close(found, expected, bound=1e-12)
+    assert_close(found, expected, bound=1e-12)
     found, expected = (
         torch.autograd.grad(
             sum(g.square().sum() for g in grads(out, parameters, create_graph=True, **used)),
@@ -147,7 +147,7 @@ def test_late_bound_variables(kind):
         )
         for out, parameters in (late(kind, early) for early in (False, True))
     )
-    close(found, expected, bound=1e-12)
+    assert_close(found, expected, bound=1e-12)
 
 
 GAIN = 0.9
@@ -167,7 +167,7 @@ def test_late_bound_globals():
         GAIN = 0.2
         found.append(grads(out.value, list(linear.parameters())))
         assert GAIN == 0.2  # as it was left
-    close(*found)
+    assert_close(*found)
 
 
 def changed(kind: str, adjoint: str):
@@ -185,10 +185,10 @@ def changed(kind: str, adjoint: str):
 @pytest.mark.parametrize("kind", ["attribute", "data"])
 def test_other_changes_are_found_out(kind):
     found, expected = (grads(*changed(kind, adjoint)) for adjoint in ("implicit", "unrolled"))
-    close(found, expected)
+    assert_close(found, expected)
     out, parameters = changed(kind, "implicit")
     once = grads(out, parameters, create_graph=True)
-    close([g.detach() for g in once], expected)
+    assert_close([g.detach() for g in once], expected)
     with pytest.raises(RuntimeError, match="f is not what it was"):
         torch.autograd.grad(sum(g.sum() for g in once), parameters)
 
@@ -201,7 +201,7 @@ def test_context_that_is_written_to():
         out = net(c)
         c.mul_(0.1)
         found.append(grads(out, list(net.parameters())))
-    close(*found)
+    assert_close(*found)
 
 
 def test_unchanged_maps_are_evaluated_for_the_rows_that_are_left():
@@ -290,7 +290,7 @@ def test_gradients_that_cannot_be_squared(solver, size):
         found.append(g.double() / by)
         steps.append(solution.adjoint.steps.tolist())
         assert (solution.adjoint.status == 0).all() and (solution.adjoint.residual <= 1e-5).all()
-    close(found[1:], found[:1], bound=1e-4)
+    assert_close(found[1:], found[:1], bound=1e-4)
     assert steps[0] == steps[1]
 
 
@@ -380,12 +380,12 @@ def test_models_with_other_parameters(make, shape, adjoint, training):
     used = {"allow_unused": True, "materialize_grads": True}
     found = grads(functional_call(model, given, (x,)), list(given.values()), **used)
     expected = grads(other(x), list(other.parameters()), **used)
-    close(found, expected, bound=1e-5)
+    assert_close(found, expected, bound=1e-5)
     if make is resnet and training:
         return  # torch refuses to write running statistics inside of its transforms
     plain = {name: p.detach() for name, p in given.items()}
     found = torch.func.grad(lambda p: functional_call(model, p, (x,)).square().sum())(plain)
-    close([found[name] for name in plain], expected, bound=1e-3)
+    assert_close([found[name] for name in plain], expected, bound=1e-3)
 
 
 def test_maps_that_return_what_they_close_over():
