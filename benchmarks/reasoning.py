@@ -43,16 +43,16 @@ an hour and more."""
 LONG = {6: 4000, 9: 4000, 14: 4000}
 TRACED: dict[str, Any] = {
     "pixels": 64,
-    "size": 6,
-    "easier": (2, 3, 4, 5),
+    "size": 9,
+    "easier": tuple(range(2, 9)),
     "passed": 0.0,
     "grown": 0.35,
     "traced": 1.0,
     "batch_size": 32,
-    "updates": 3000,
+    "updates": 4000,
     "clutter": 4,
 }
-"""Contours of up to 6 dashes, told which have a dot: so tracing is learnt, and longer ones are read, too.
+"""Contours of up to 9 dashes, told which have a dot: so tracing is learnt, and longer ones are read, too.
 With clutter that grows with the length, a row of dashes without a dot would give the answer away."""
 CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
     "twnn_pathfinder/6": ("twnn_pathfinder", SMALLER, {6: 4000}),
@@ -71,21 +71,22 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
         {
             **TRACED,
             "lr": 3e-3,
-            "graded": (14, 18),
-            "beyond": 30,
+            "graded": (11, 15),
+            "late": 12,
+            "beyond": 20,
             "carried": 0.5,
-            "model_kwargs": {"width": 16, "stem_width": 16, "reach": 1, "questions": 2},
+            "model_kwargs": {"downsample": 2, "width": 16, "stem_width": 16, "reach": 1, "questions": 2},
         },
         LONG,
     ),
     "ff_pathfinder/traced": (
         "ff_pathfinder",
-        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 12, "depth": 3, "questions": 2}},
+        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 13, "depth": 3, "questions": 2}},
         LONG,
     ),
     "ff_pathfinder/traced, halved twice": (
         "ff_pathfinder",
-        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 11, "depth": 3, "downsample": 2, "questions": 2}},
+        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 12, "depth": 3, "downsample": 2, "questions": 2}},
         LONG,
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from zoo.errors import ConfigError, DataError
 from zoo.tasks import TASKS, find_task, mazes, pathfinder, prefix_sums, read_examples, task_of_model
 from zoo.tasks.catalog import passes, stream
-from zoo.tasks.examples import SPLITS, fingerprints, in_split
+from zoo.tasks.examples import SPLITS, fingerprints, in_split, joined
 from zoo.tasks.mazes import cells_of, pixels_of
 from zoo.tasks.pathfinder import _DASH, _DOT, _THICK, _contours, _marks, draw_scenes, paint
 
@@ -170,6 +171,27 @@ def test_pathfinder_paints_what_was_drawn():
             assert (image[number, 0][place[:, 1], place[:, 0]] > 0.2).all()
     examples = pathfinder(6, 400, 0, "train")
     assert 0.4 < examples.targets.float().mean() < 0.6
+
+
+def test_early_images_lack_the_dots_alone():
+    scene = draw_scenes(6, 8, np.random.default_rng(3))
+    whole, bare = paint(scene, 64), paint(scene, 64, np.ones(scene.angle.shape, dtype=bool))
+    at = (torch.arange(64) + 0.5) / 64
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    for number, dots in enumerate(scene.dots):
+        dx, dy = (torch.from_numpy(scene.centre[number, dots, axis])[:, None, None] for axis in (0, 1))
+        near = torch.hypot(x - dx, y - dy).amin(dim=0) < _DOT + 1 / 64
+        assert torch.equal(whole[number, 0][~near], bare[number, 0][~near])
+        assert (whole[number, 0][near] > bare[number, 0][near]).sum() > 8
+    examples = pathfinder(6, 5, 0, "train")
+    assert examples.early.shape == examples.inputs.shape and (examples.early <= examples.inputs).all()
+    assert not torch.equal(examples.early, examples.inputs)
+    assert torch.equal(examples[1:3].early, examples.early[1:3])
+    both = joined(examples, examples[:2])
+    assert (
+        torch.equal(both.early[5:], examples.early[:2])
+        and joined(both, replace(both, early=None)).early is None
+    )
 
 
 @pytest.mark.parametrize("pixels", [32, 45, 64])

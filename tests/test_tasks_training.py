@@ -142,6 +142,9 @@ def test_selection_takes_the_best_on_validation_data():
         ({"grown": 1.5}, "grown=1.5"),
         ({"beyond": -1}, "beyond=-1"),
         ({"beyond": 4, "method": "phantom"}, "beyond=4 is of the method 'unrolled'"),
+        ({"late": -1}, "late=-1"),
+        ({"late": 4, "method": "plain"}, "late=4 is of the method 'unrolled'"),
+        ({"late": 4, "method": "unrolled"}, "late=4 needs images without dots"),
         ({"carried": 1.5}, "carried=1.5"),
         ({"carried": 0.5, "method": "implicit"}, "which the method 'implicit' has not"),
         ({"traced": -1.0}, "traced=-1.0"),
@@ -172,6 +175,9 @@ def test_pathfinder_recipes_run(model):
     assert len(train_task(plain, data=here).losses) == 1
     with pytest.raises(ConfigError, match="have no marks"):
         train_task(plain, data=replace(here, marks=None))
+    if model == "twnn_pathfinder":
+        with pytest.raises(ConfigError, match="have no images without dots: leave late out"):
+            train_task(replace(plain, late=3), data=replace(here, early=None))
     with pytest.raises(ConfigError, match="leave easier out"):
         train_task(recipe_for(model, **changes), data=find_task("pathfinder").draw(4, 32, 0, "train"))
 
@@ -396,6 +402,7 @@ class Stop(Exception):
             "graded": (2, 4),
             "carried": 0.5,
             "beyond": 5,
+            "late": 5,
         },
     ],
 )
@@ -451,17 +458,19 @@ def test_resume_from_the_command_line(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "last.pth.tar").exists()
 
 
-def test_two_questions_are_answered_at_each_position():
+def test_two_questions_are_answered_where_a_dash_is():
     marks = torch.full((1, 1, 8, 8), -1, dtype=torch.int8)
     # Of 4x4 positions (0, 0), (0, 2) and (3, 3) have a dash: without a dot, with one, and an end without.
     marks[..., :2, :2], marks[..., :2, 4:6], marks[..., 6:, 6:] = 0, 1, 2
     answers = torch.randn(1, 2, 4, 4)
-    right = torch.zeros(1, 2, 4, 4)
-    right[0, 0, 0, 2] = right[0, 0, 3, 3] = right[0, 1, 3, 3] = 1
-    said = torch.where(right == 1, answers.sigmoid(), 1 - answers.sigmoid())
+    there = answers[0, :, [0, 0, 3], [0, 2, 3]]
+    right = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    said = torch.where(right == 1, there.sigmoid(), 1 - there.sigmoid())
     torch.testing.assert_close(traced_loss(answers, marks), -said.log().sum() / 3)
-    known = torch.where(right == 1, 30.0, -30.0)
+    known = torch.full((1, 2, 4, 4), 30.0)  # of the ground nothing is asked
+    known[0, :, [0, 0, 3], [0, 2, 3]] = torch.where(right == 1, 30.0, -30.0)
     assert float(traced_loss(known, marks)) < 1e-6
+    assert float(traced_loss(-known, marks)) > 50
     assert torch.isfinite(traced_loss(answers, torch.full_like(marks, -1)))
 
 
@@ -528,3 +537,31 @@ def test_steps_without_gradient_come_before_every_second_update(monkeypatch):
     taken.clear()
     train_task(replace(recipe, beyond=0, updates=8))
     assert [graded for graded, _ in taken] == [True] * 8
+
+
+def test_dots_come_late_and_what_is_beyond_only_once_examples_are_grown(monkeypatch):
+    import zoo.tasks.objectives as objectives
+
+    taken = []
+
+    def noted(model, z, x, steps, recipe):
+        taken.append((torch.is_grad_enabled(), steps, x.detach()))
+        return _run(model, z, x, steps, recipe)
+
+    monkeypatch.setattr(objectives, "_run", noted)
+    drawn = {"size": 4, "easier": (2, 3), "passed": 0.0, "updates": 30, "batch_size": 2, "graded": (1, 1)}
+    seen = []
+    train_task(
+        recipe_for("twnn_pathfinder", **drawn, late=5, beyond=7, grown=0.5),
+        callback=lambda done, model: seen.append(taken.copy()) or taken.clear(),
+    )
+    later = [calls for calls in seen if len(calls) > 1]
+    assert 8 <= len(later) <= 22 and all(calls[-1][0] for calls in seen)
+    for calls in later:
+        assert not calls[0][0] and calls[0][1] <= 5
+        assert not torch.equal(calls[0][2], calls[-1][2])  # the dots are not there yet
+    for calls in later:
+        for free, steps, x in calls[1:-1]:
+            assert not free and steps <= 7 and torch.equal(x, calls[-1][2])
+    assert all(len(calls) <= 2 for calls in seen[:15])
+    assert {len(calls) for calls in seen[16:]} == {1, 3}

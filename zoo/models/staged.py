@@ -10,7 +10,7 @@ from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, checkpoint
 from torch import Tensor, nn
 
-__all__ = ["Answers", "StagedNet", "cifar_cfg", "without_features"]
+__all__ = ["StagedNet", "cifar_cfg", "without_features"]
 
 _FEW = -2.0  # fresh answers are "no" at most positions
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -56,21 +56,6 @@ def without_features(kind: Callable[..., Any], variant: str, pretrained: bool, *
     return build_model_with_cfg(kind, variant, pretrained, **kwargs)
 
 
-class Answers(nn.Sequential):
-    """Questions answered at each position: two 1x1 convolutions.
-
-    Args:
-        features: channels of the feature map.
-        questions: channels of the answers, which are logits.
-    """
-
-    def __init__(self, features: int, questions: int):
-        last = nn.Conv2d(features, questions, 1)
-        nn.init.constant_(last.bias, _FEW)  # type: ignore[arg-type]
-        super().__init__(nn.Conv2d(features, features, 1), nn.ReLU(), last)
-        self.questions = questions
-
-
 class StagedNet(nn.Module):
     """A chain of stages and a classifier, in timm's manners.
 
@@ -91,7 +76,8 @@ class StagedNet(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.feature_info: list[dict[str, Any]] = []
-        self.answers: Answers | None = None
+        self.questions = 0
+        self.answers: nn.Conv2d | None = None
 
     def _add_head(self, num_features: int, global_pool: str, questions: int = 0) -> None:
         self.num_features = num_features
@@ -99,8 +85,10 @@ class StagedNet(nn.Module):
             from twnn_plugin.errors import OptionError  # importing twnn_plugin imports this module
 
             raise OptionError(f"questions must be a whole number, 0 for none; got {questions!r}.")
+        self.questions = questions
         if questions:
-            self.answers = Answers(num_features, questions)
+            self.answers = nn.Conv2d(num_features, questions, 1)
+            nn.init.constant_(self.answers.bias, _FEW)  # type: ignore[arg-type]
         self.reset_classifier(self.num_classes, global_pool)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -120,7 +108,7 @@ class StagedNet(nn.Module):
         self.num_classes = num_classes
         pool = str(self.global_pool.pool_type if global_pool is None else global_pool)
         weight = next(self.parameters())
-        pooled = self.num_features if self.answers is None else self.answers.questions
+        pooled = self.questions or self.num_features
         head = create_classifier(pooled, num_classes, pool_type=pool)
         self.head_hidden_size = pooled * head[0].feat_mult()
         self.global_pool, self.fc = (part.to(weight.device, weight.dtype) for part in head)

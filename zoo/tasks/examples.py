@@ -31,12 +31,15 @@ class Examples:
         difficulty: figures about each example by name, (N,) float32; what a solver's steps are held against.
         marks: (N, 1, H, W) int8, what may be told of an image in training beside its target, -1 where there
             is nothing to tell; None where a task has none.
+        early: (N, ...) float32, the inputs without what the computation spreads from (pathfinder's dots), for
+            trainings in which that comes late; None where a task has none.
     """
 
     inputs: Tensor
     targets: Tensor
     difficulty: dict[str, Tensor] = field(default_factory=dict)
     marks: Tensor | None = None
+    early: Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -47,24 +50,27 @@ class Examples:
             self.targets[rows],
             {name: value[rows] for name, value in self.difficulty.items()},
             None if self.marks is None else self.marks[rows],
+            None if self.early is None else self.early[rows],
         )
 
     def to(self, device: torch.device | str) -> Examples:
-        """Inputs, targets and marks on a device; the difficulties stay."""
-        marks = None if self.marks is None else self.marks.to(device)
-        return Examples(self.inputs.to(device), self.targets.to(device), self.difficulty, marks)
+        """All tensors but the difficulties, which stay, on a device."""
+        marks, early = (None if it is None else it.to(device) for it in (self.marks, self.early))
+        return Examples(self.inputs.to(device), self.targets.to(device), self.difficulty, marks, early)
 
 
 def joined(first: Examples, second: Examples) -> Examples:
-    """The examples of both, which have the same shapes, difficulties and marks."""
-    marks = None
-    if first.marks is not None and second.marks is not None:
-        marks = torch.cat([first.marks, second.marks])
+    """The examples of both, of the same shapes and difficulties; what one of them has not is left out."""
+    marks, early = (
+        None if one is None or two is None else torch.cat([one, two])
+        for one, two in ((first.marks, second.marks), (first.early, second.early))
+    )
     return Examples(
         torch.cat([first.inputs, second.inputs]),
         torch.cat([first.targets, second.targets]),
         {name: torch.cat([value, second.difficulty[name]]) for name, value in first.difficulty.items()},
         marks,
+        early,
     )
 
 

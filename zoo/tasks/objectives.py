@@ -34,8 +34,8 @@ class Batches:
         device: where they go.
 
     Raises:
-        ConfigError: the recipe asks for several sizes, and the examples at hand are of one; or for marks, and
-            they have none.
+        ConfigError: the recipe asks for several sizes, and the examples at hand are of one; or for marks or
+            images without dots, and they have none.
     """
 
     def __init__(self, recipe: Recipe, task: Task, data: Examples | None, device: torch.device):
@@ -74,6 +74,10 @@ def _source(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examp
         raise ConfigError("Examples at hand are of one size: leave easier out, or draw them (no data).")
     if data is not None and recipe.traced and data.marks is None:
         raise ConfigError("The examples at hand have no marks: leave traced out, or draw them (no data).")
+    if data is not None and recipe.late and data.early is None:
+        raise ConfigError(
+            "The examples at hand have no images without dots: leave late out, or draw them (no data)."
+        )
     if data is not None:
         return passes(data, recipe.batch_size, recipe.seed)
     if recipe.easier:
@@ -85,23 +89,29 @@ def _source(recipe: Recipe, task: Task, data: Examples | None) -> Iterator[Examp
 
 
 def traced_loss(answers: Tensor, marks: Tensor) -> Tensor:
-    """How well two questions are answered at each position of a feature map.
+    """How well two questions are answered where a dash is.
 
-    Is there a contour here with a dot? Does such a contour end here without a dot?
+    Is there a contour here with a dot? Does such a contour end here without a dot? Of the ground between the
+    dashes nothing is asked: a state that is to be read there, too, learns to trace more slowly.
 
     Args:
         answers: logits (B, 2, h, w).
         marks: (B, 1, H, W), those of Pathfinder.
 
     Returns:
-        Summed cross-entropies of both, by the number of positions where a dash is.
+        Mean cross-entropies of both, added up.
     """
     size = (answers.shape[2], answers.shape[3])
-    none, some, end = (F.adaptive_max_pool2d((marks == k).float(), size) for k in range(3))
-    dotted = torch.maximum(some, end)
-    wrong = F.binary_cross_entropy_with_logits(answers, torch.cat([dotted, end], dim=1), reduction="sum")
-    # By all positions, the few that a contour ends at would hardly count.
-    return wrong / torch.maximum(none, dotted).sum().clamp_min(1)
+    none, some, end = (F.adaptive_max_pool2d((marks == mark).float(), size) for mark in range(3))
+    dotted = _answered(answers[:, :1], torch.maximum(some, end), none)
+    return dotted + _answered(answers[:, 1:], end, torch.maximum(none, some) * (1 - end))
+
+
+def _answered(answer: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Mean cross-entropy over the positions that are one of both."""
+    known = yes != no
+    losses = F.binary_cross_entropy_with_logits(answer, yes, reduction="none")
+    return (losses * known).sum() / known.sum().clamp_min(1)
 
 
 def objective_of(
@@ -125,7 +135,7 @@ def objective_of(
     from twnn_plugin.errors import OptionError
 
     if recipe.traced:
-        found = getattr(getattr(model, "answers", None), "questions", 0)
+        found = getattr(model, "questions", 0)
         if found != QUESTIONS:
             raise ConfigError(
                 f"traced={recipe.traced} teaches a model to answer {QUESTIONS} questions at each position; "
@@ -181,9 +191,13 @@ def _unrolled(recipe: Recipe, model: Iterated, batches: Batches, random: np.rand
         bounds = (max(1, round(share * bounds[0])), max(1, round(share * bounds[1])))
     x = model.inject(batch.inputs)
     z = model.blank(x)
-    if recipe.beyond and random.random() < 0.5:
+    if (recipe.late or recipe.beyond) and random.random() < 0.5:
         with torch.no_grad():
-            z = _run(model, z, x, _draw(random, (0, recipe.beyond)), recipe)
+            if recipe.late:
+                assert batch.early is not None
+                z = _run(model, z, model.inject(batch.early), _draw(random, (0, recipe.late)), recipe)
+            if recipe.beyond and batches.size in (None, recipe.size):
+                z = _run(model, z, x, _draw(random, (0, recipe.beyond)), recipe)
     z = _run(model, z, x, _draw(random, bounds), recipe)
     if recipe.traced:
         return _traced(recipe, model, batches, batch, z)

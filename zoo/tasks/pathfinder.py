@@ -69,7 +69,7 @@ def pathfinder(
     Returns:
         Inputs (N, 1, pixels, pixels) in [0, 1], targets (N,); difficulty: ``turning``, how far the
         contour of the first dot turns in all, in radians; marks: 0 on contours without a
-        dot, 1 on those with one, and 2 on the dash at an end of these that has none.
+        dot, 1 on those with one, and 2 on the dash at an end of these that has none; early: without the dots.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -93,9 +93,9 @@ def pathfinder(
     first = dots[:, :1] // length * length + np.arange(length)
     turns = np.abs(np.diff(np.take_along_axis(angle, first, axis=1), axis=1)).sum(axis=1)
     targets = torch.from_numpy((dots[:, 0] // length == dots[:, 1] // length).astype(np.int64))
-    return Examples(
-        paint(scene, pixels), targets, {"turning": as_float(turns)}, _marks(scene, length, pixels)
-    )
+    early = paint(scene, pixels, np.ones(scene.angle.shape, dtype=bool))
+    inputs = _dotted(early.clone(), scene)
+    return Examples(inputs, targets, {"turning": as_float(turns)}, _marks(scene, length, pixels), early)
 
 
 def _contours(length: int, clutter: int | None) -> np.ndarray:
@@ -208,13 +208,19 @@ def paint(scene: Scene, pixels: int, dashes: np.ndarray | None = None) -> Tensor
         value = (0.5 - far * pixels).clamp(0, 1)
         value = value if shown is None else value * shown[:, dash, None]
         image.scatter_reduce_(1, place, value, "amax")
-    if shown is None:
-        rows, window = torch.arange(len(scene.dots)), _window(_DOT, pixels)
-        for dot in torch.from_numpy(scene.dots.T):
-            place, dx, dy = _around(centre[rows, dot], window, pixels)
-            far = torch.hypot(dx, dy) - _DOT
-            image.scatter_reduce_(1, place, (0.5 - far * pixels).clamp(0, 1), "amax")
-    return image.view(-1, 1, pixels, pixels)
+    image = image.view(-1, 1, pixels, pixels)
+    return _dotted(image, scene) if shown is None else image
+
+
+def _dotted(image: Tensor, scene: Scene) -> Tensor:
+    """The image (N, 1, pixels, pixels) itself, with its dots."""
+    pixels, flat, centre = image.shape[-1], image.flatten(1), as_float(scene.centre)
+    rows, window = torch.arange(len(scene.dots)), _window(_DOT, pixels)
+    for dot in torch.from_numpy(scene.dots.T):
+        place, dx, dy = _around(centre[rows, dot], window, pixels)
+        far = torch.hypot(dx, dy) - _DOT
+        flat.scatter_reduce_(1, place, (0.5 - far * pixels).clamp(0, 1), "amax")
+    return image
 
 
 def _window(radius: float, pixels: int) -> Tensor:

@@ -46,8 +46,12 @@ class Recipe:
             collapse the map.
         alpha: weight of the progressive loss against that after all steps.
         drop: share of the positions that a free or graded step leaves as they were, at random.
-        beyond: in every second update, at random, up to so many steps without gradient come first (unrolled):
-            a state that was reached within the graded steps must not be left in those after them.
+        beyond: in every second update, at random, up to so many steps without gradient come first (unrolled),
+            with ``easier`` once ``size`` itself is trained on: a state that was reached within the graded
+            steps must not be left in those after them.
+        late: in the same updates, and before that, up to so many steps without gradient on the images without
+            their dots (unrolled, pathfinder). Else the network can tell the time by what it writes everywhere
+            from the first step on, and misreads what arrives later than any trace did in training.
         carried: share of the gradient with respect to a graded step's result that goes on to the step before
             through what the step computes; what the step left as it was passes all of it on. Below 1 the
             gradient of many steps neither explodes nor is forgotten by a state that latches (as h-detach
@@ -59,8 +63,8 @@ class Recipe:
         passed: share right of a size's examples, as a running mean, that lets the next of ``easier`` in;
             0: by schedule.
         grown: share of the updates from which on ``size`` itself is trained on, by schedule.
-        traced: weight of a second loss: a model with ``questions=2`` is to answer at each position whether
-            there is a contour with a dot, and whether such a contour ends there without one (pathfinder;
+        traced: weight of a second loss: a model with ``questions=2`` is to answer wherever a dash is whether
+            its contour has a dot, and whether such a contour ends there without one (pathfinder;
             :func:`~zoo.tasks.objectives.traced_loss`). It alone teaches the features, and the classifier
             learns to read the answers.
         pixels: height and width of the images (pathfinder); None: the task's own.
@@ -90,6 +94,7 @@ class Recipe:
     alpha: float = 0.5
     drop: float = 0.0
     beyond: int = 0
+    late: int = 0
     carried: float = 1.0
     buffer: int = 0
     fresh: float = 0.04
@@ -117,7 +122,7 @@ class Recipe:
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("ema", "drop"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        for name in ("warmup", "seed", "jacobian", "buffer", "select", "traced", "beyond"):
+        for name in ("warmup", "seed", "jacobian", "buffer", "select", "traced", "beyond", "late"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("free", 0 <= self.free[0] <= self.free[1], "fewest and most steps")
         self._require("graded", 1 <= self.graded[0] <= self.graded[1], "fewest and most steps, from 1 on")
@@ -144,10 +149,16 @@ class Recipe:
                 f"carried={self.carried} is of the gradient through graded steps, which the method "
                 f"{self.method!r} has not. Leave it out, or use 'phantom', 'unrolled' or 'progressive'."
             )
-        if self.beyond and self.method != "unrolled":
+        for name in ("beyond", "late"):
+            if getattr(self, name) and self.method != "unrolled":
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is of the method 'unrolled'; got {self.method!r}, whose "
+                    "steps without gradient, if it has any, are its own. Leave it out."
+                )
+        if self.late and self.task != "pathfinder":
             raise ConfigError(
-                f"beyond={self.beyond} is of the method 'unrolled'; got {self.method!r}, whose steps without "
-                "gradient, if it has any, are its own. Leave it out."
+                f"late={self.late} needs images without dots, which only pathfinder has; got {self.task}. "
+                "Leave it out."
             )
         if self.buffer and self.method != "phantom":
             raise ConfigError(f"Only the method 'phantom' keeps states; got buffer={self.buffer}.")
