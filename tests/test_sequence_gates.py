@@ -181,6 +181,14 @@ def test_calibration_of_a_model_and_its_limits():
     assert model.stack.spans[0].last is record
     with pytest.raises(tw.OptionError, match="share of steps"):
         tw.calibrate(stack(gate_over="step"), [sequences()], budget="2 rows")
+    for model in (stack(gate_over="step"), stack(gate_over="step", budget=0.2)):
+        before = model.spans[0].gate.budget
+        with pytest.raises(tw.errors.OptionError, match="with gate_over='step' give the share of steps"):
+            tw.configure(model, budget="2 rows")
+        assert model.spans[0].gate.budget == before
+        assert tw.configure(model, budget=0.4).spans[0].gate.budget == 0.4
+        assert tw.configure(model, budget=None).spans[0].gate.budget is None
+    assert tw.configure(stack(), budget="2 rows").spans[0].gate.budget == "2 rows"
     with pytest.raises(tw.OptionError, match="gone through only once"):
         tw.calibrate(stack(window=4), iter([sequences()]), budget=0.5)
     tw.calibrate(stack(), iter([sequences()]), budget=0.5)

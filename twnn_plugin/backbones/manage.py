@@ -14,7 +14,7 @@ from ..blocks.wormhole import Wormhole
 from ..errors import AttachError, OptionError, UnknownNameError, nearest
 from ..gates import Budget, LearnedGate
 from ..selection import LayerSelection, selection_of
-from ..sequence import TemporalSpan
+from ..sequence import TemporalSpan, check_budget
 from .closed_head import ClosedHead, check_weight
 from .given import span_policy
 from .pricing import renew_prices, unchanged_on_error
@@ -183,8 +183,11 @@ def _check_gates(parts: Sequence[Feedback | TemporalSpan], options: dict[str, An
             )
     for name, value in options.items():
         if name == "budget":
-            if value is not None:
-                Budget.parse(value)
+            for part in parts if value is not None else []:
+                if isinstance(part, TemporalSpan):
+                    check_budget(value, part.scope)
+                else:
+                    Budget.parse(value)
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise OptionError(f"{name} must be a number; got {value!r}.")

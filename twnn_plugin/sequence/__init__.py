@@ -2,7 +2,7 @@
 
 from .layer import LayerOutputs, RecurrentLayer
 from .message import TokenMessage
-from .span import TemporalSpan
+from .span import TemporalSpan, check_budget
 from .spec import TemporalSpec
 from .stack import RecurrentStack
 from .state import StackState
@@ -15,4 +15,5 @@ __all__ = [
     "TemporalSpan",
     "TemporalSpec",
     "TokenMessage",
+    "check_budget",
 ]
