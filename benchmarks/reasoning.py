@@ -3,7 +3,7 @@
 The weights that ship, tested at sizes from those of their training to many times as large, with the
 solver choosing the number of steps; with several ``--seeds`` the models and their baselines are also
 trained and every seed is reported. Pathfinder is trained on contours of 6 dashes, and with ``--full`` of
-14, at 32 and at 64 pixels, and of 6 at 64 pixels, told which dashes lead on, to be tested on longer ones.
+14, at 32 and at 64 pixels, and of 2 to 9 at 64 pixels, told which have a dot, to be tested on longer ones.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _TRAINED = {
     "6": "contours of 6 dashes",
     "14": "contours of 14 dashes",
     "64px": "64 pixels, contours of up to 14 dashes",
-    "traced": "64 pixels, contours of up to 6 dashes, told which have a dot and where these end without",
+    "traced": "64 pixels, contours of up to 9 dashes, told which have a dot and where these end without",
 }
 """Variants of Pathfinder."""
 
