@@ -75,16 +75,12 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
             "late": 12,
             "beyond": 20,
             "carried": 0.5,
+            "apart": True,
             "model_kwargs": {"downsample": 2, "width": 16, "stem_width": 16, "reach": 1, "questions": 2},
         },
         LONG,
     ),
     "ff_pathfinder/traced": (
-        "ff_pathfinder",
-        {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 13, "depth": 3, "questions": 2}},
-        LONG,
-    ),
-    "ff_pathfinder/traced, halved twice": (
         "ff_pathfinder",
         {**TRACED, "lr": 4e-3, "model_kwargs": {"width": 12, "depth": 3, "downsample": 2, "questions": 2}},
         LONG,

@@ -148,6 +148,7 @@ def test_selection_takes_the_best_on_validation_data():
         ({"carried": 1.5}, "carried=1.5"),
         ({"carried": 0.5, "method": "implicit"}, "which the method 'implicit' has not"),
         ({"traced": -1.0}, "traced=-1.0"),
+        ({"apart": True}, "traced is 0: nothing would teach them"),
         ({"traced": 1.0}, "only pathfinder's images have"),
         ({"traced": 1.0, "task": "pathfinder", "size": 4, "method": "phantom"}, "'unrolled' or 'plain'"),
     ],
@@ -474,9 +475,13 @@ def test_two_questions_are_answered_where_a_dash_is():
     assert torch.isfinite(traced_loss(answers, torch.full_like(marks, -1)))
 
 
-def test_the_classifier_of_traced_contours_teaches_itself_alone():
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_classifier_of_traced_contours_teaches_itself_alone_where_that_is_asked(apart):
     model = timm.create_model("ff_pathfinder", questions=2)
-    batch, recipe = find_task("pathfinder").draw(4, 8, 0, "train"), recipe_for("ff_pathfinder", traced=0.5)
+    batch, recipe = (
+        find_task("pathfinder").draw(4, 8, 0, "train"),
+        recipe_for("ff_pathfinder", traced=0.5, apart=apart),
+    )
     batches = Batches(
         replace(recipe, easier=(), passed=0.0), find_task("pathfinder"), None, torch.device("cpu")
     )
@@ -484,8 +489,10 @@ def test_the_classifier_of_traced_contours_teaches_itself_alone():
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     answers = model.answers(model.forward_features(batch.inputs))
-    (0.5 * traced_loss(answers, batch.marks)).backward()
-    F.cross_entropy(model.classify(answers.detach()), batch.targets).backward()
+    (0.5 * traced_loss(answers, batch.marks)).backward(retain_graph=True)
+    if apart:
+        answers = answers.detach()
+    F.cross_entropy(model.classify(answers), batch.targets).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, msg=name)
         assert p.grad.abs().sum() > 0

@@ -208,9 +208,10 @@ def _traced(recipe: Recipe, model: Any, batches: Batches, batch: Examples, featu
     """The loss of both: what is answered at each position, and the classifier that reads the answers."""
     assert batch.marks is not None
     answers = model.answers(features)
-    # The classifier's gradient stays in the classifier: it would look for what tells short contours apart,
-    # such as how far a trace has come, and that tells nothing of long ones.
-    loss = batches.loss(model.classify(answers.detach()), batch.targets)
+    # A classifier that teaches the features, too, may have them show what tells short contours apart, such
+    # as how far a trace has come, and that tells nothing of long ones.
+    read = answers.detach() if recipe.apart else answers
+    loss = batches.loss(model.classify(read), batch.targets)
     return loss + recipe.traced * traced_loss(answers, batch.marks)
 
 

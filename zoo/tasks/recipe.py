@@ -65,8 +65,8 @@ class Recipe:
         grown: share of the updates from which on ``size`` itself is trained on, by schedule.
         traced: weight of a second loss: a model with ``questions=2`` is to answer wherever a dash is whether
             its contour has a dot, and whether such a contour ends there without one (pathfinder;
-            :func:`~zoo.tasks.objectives.traced_loss`). It alone teaches the features, and the classifier
-            learns to read the answers.
+            :func:`~zoo.tasks.objectives.traced_loss`). The classifier reads the answers.
+        apart: the gradient of the classifier stays in the classifier; what is traced alone teaches the rest.
         pixels: height and width of the images (pathfinder); None: the task's own.
         clutter: dashes in each of the short contours of an image (pathfinder), one number for all sizes;
             None: a third of those in a long one.
@@ -102,6 +102,7 @@ class Recipe:
     passed: float = 0.0
     grown: float = 0.7
     traced: float = 0.0
+    apart: bool = False
     pixels: int | None = None
     clutter: int | None = None
     select: int = 0
@@ -143,6 +144,11 @@ class Recipe:
             raise ConfigError(
                 f"traced={self.traced} needs marks, which only pathfinder's images have, and the method "
                 f"'unrolled' or 'plain'; got {self.task} and {self.method!r}. Leave it out."
+            )
+        if self.apart and not self.traced:
+            raise ConfigError(
+                "apart=True leaves the features to what is traced, and traced is 0: nothing would teach "
+                "them. Set traced, or leave apart out."
             )
         if self.carried < 1 and self.method not in ("phantom", "unrolled", "progressive"):
             raise ConfigError(
