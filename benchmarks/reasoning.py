@@ -72,7 +72,6 @@ CONTOURS: dict[str, tuple[str, dict[str, Any], dict[int, int]]] = {
             **TRACED,
             "lr": 3e-3,
             "graded": (11, 15),
-            "late": 12,
             "beyond": 20,
             "carried": 0.5,
             "apart": True,

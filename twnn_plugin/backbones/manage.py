@@ -183,16 +183,21 @@ def _check_gates(parts: Sequence[Feedback | TemporalSpan], options: dict[str, An
             )
     for name, value in options.items():
         if name == "budget":
-            for part in parts if value is not None else []:
-                if isinstance(part, TemporalSpan):
-                    check_budget(value, part.scope)
-                else:
-                    Budget.parse(value)
+            if value is not None:
+                for part in parts:
+                    _check_budget(part, value)
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise OptionError(f"{name} must be a number; got {value!r}.")
         if name == "temperature" and not value > 0:
             raise OptionError(f"temperature must be positive; got {value!r}.")
+
+
+def _check_budget(part: Feedback | TemporalSpan, budget: float | str) -> None:
+    if isinstance(part, TemporalSpan):
+        check_budget(budget, part.scope)
+    else:
+        Budget.parse(budget)
 
 
 def _set_gate(part: Feedback | TemporalSpan, options: dict[str, Any]) -> None:
