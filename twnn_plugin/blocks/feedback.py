@@ -18,6 +18,7 @@ from .choice import Choice, Pending
 from .companion import Companion
 from .message import LAYOUTS, Message, layout_of, pool
 from .one_map import Frozen
+from .origin import Origin
 from .path import check_path
 from .record import Rest, SpanRecord
 from .settings import SolveSettings
@@ -29,7 +30,7 @@ Replay = Callable[..., Tensor]
 """``replay(entry, *constants) -> output``: the span applied to rows of inputs."""
 
 
-class Feedback(nn.Module):
+class Feedback(Origin):
     """A gated connection from a span's output back to its input.
 
     The span becomes the equation ``z = span(entry + gate * message(z))`` (Habiba & Pearlmutter 2021,

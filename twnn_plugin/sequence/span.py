@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import SolveSettings, SpanRecord
+from ..blocks.origin import Origin
 from ..errors import OptionError
 from ..gates import Budget, Gate, LearnedGate, watch_difficulty
 from ..policies import Policy
@@ -59,7 +60,7 @@ class _Asked(NamedTuple):
     penalty: Tensor | None
 
 
-class TemporalSpan(nn.Module):
+class TemporalSpan(Origin):
     """A gated connection from a recurrent layer's outputs back to an earlier layer's inputs.
 
     Args:
