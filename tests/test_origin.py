@@ -64,3 +64,26 @@ def test_a_wormhole_through_time_knows_its_layers():
     made("layer1->layer0").load_state_dict(saved)
     with pytest.raises(RuntimeError, match="not loaded"):
         made("layer2->layer0").load_state_dict(saved)
+
+
+@pytest.mark.parametrize("cast", [torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.double])
+def test_the_name_survives_casts_and_averages(cast):
+    model = vit("blocks.11->blocks.8")
+    saved = {key: cast(value) for key, value in model.state_dict().items()}
+    model.load_state_dict({key: (value + value) / 2 for key, value in saved.items()})
+    with pytest.raises(RuntimeError, match="not loaded"):
+        vit("blocks.11->blocks.4").load_state_dict(saved)
+    key = "wormholes.0.feedback._extra_state"
+    vit("blocks.11->blocks.4").load_state_dict({**saved, key: saved[key] + 0.5})  # no name any more
+
+
+@pytest.mark.parametrize("features", [{}, {"feature_cls": "getter"}])
+@pytest.mark.parametrize(
+    ("name", "span"), [("convnext_atto", "stages.3->stages.2"), ("resnet10t", "layer4->layer3")]
+)
+def test_weights_of_a_whole_model_are_those_of_its_features(tmp_path, name, span, features):
+    model = timm.create_model(f"twnn_{name}", num_classes=3, wormholes=span)
+    timm.models.save_for_hf(model, tmp_path, model_args={"wormholes": span})
+    made = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, **features)
+    (scale,) = (value for key, value in made.named_parameters() if key.endswith("message.scale"))
+    assert torch.equal(scale, model.wormholes[0].feedback.message.scale)

@@ -51,10 +51,8 @@ def _check(
     if not any(key.startswith(prefix) for key in state):  # a checkpoint that knows of no wormhole
         return
     name = state.setdefault(prefix + _KEY, module.get_extra_state())
-    if not isinstance(name, Tensor) or name.is_meta:
-        return
-    found = bytes(name.flatten().tolist()).decode(errors="replace")
-    if found == module.span:
+    found = _decoded(name)
+    if found is None or _of_whole_model(found) == _of_whole_model(module.span):
         return
     errors.append(
         f"{prefix[:-1] or 'These'} are weights of the wormhole {found!r}, and this one is {module.span!r}: "
@@ -63,3 +61,19 @@ def _check(
     )
     for key, own in module.state_dict().items():
         state[prefix + key] = own
+
+
+def _decoded(name: Any) -> str | None:
+    """The name in a state dict, whatever dtype it was cast to or averaged in; None: it is none any more."""
+    if not isinstance(name, Tensor) or name.is_meta:
+        return None
+    letters = name.detach().flatten().tolist()
+    if not all(float(letter).is_integer() and 0 <= letter < 256 for letter in letters):
+        return None
+    return bytes(map(int, letters)).decode(errors="replace")
+
+
+def _of_whole_model(span: str) -> str:
+    """The span without what timm's wrappers make of its paths where features alone are wanted."""
+    ends = [end.removeprefix("model.").replace("_", ".") for end in span.split("->")]
+    return "->".join(ends)
