@@ -31,6 +31,9 @@ _TWICE = (
 )
 
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class _Threads(threading.local):
     """The modes that are entered, innermost last; like torch's own, each thread has its own."""
 
@@ -167,6 +170,8 @@ class _Substitute(_Watch):
     ) -> Any:
         if self.asleep:
             return func(*args, **(kwargs or {}))
+        if func == _DATA:  # which takes off the outermost of the tensors that a transform wraps, and no more
+            func = Tensor.detach
         out = func(*rebuild(tuple(args), self.swap), **rebuild(kwargs or {}, self.swap))
         self._make_all(out)
         return out

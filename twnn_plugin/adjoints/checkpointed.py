@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..solvers import Outcome
+from ..solvers.inplace import CHANGED
 from ..types import AdjointReport, State
 from .base import Adjoint
 from .equation import Call
@@ -17,6 +19,23 @@ from .held import Held
 from .unrolled import Unrolled
 
 __all__ = ["Checkpointed"]
+
+
+class _Unchanged:
+    """A function held as it is, whose parameters nobody may write to before it is evaluated again.
+
+    Args:
+        function: as the user gave it.
+    """
+
+    def __init__(self, function: Callable[..., State]):
+        self._function = Held(function)
+        self._versions = [(tensor, tensor._version) for tensor in self._function.learned()]
+
+    def __call__(self, *arguments: Any) -> State:
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(CHANGED)  # as autograd does, which has saved nothing to compare with
+        return self._function(*arguments)
 
 
 @dataclass(frozen=True)
@@ -32,7 +51,7 @@ class Checkpointed(Adjoint):
     def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
         if not torch.is_grad_enabled():
             return call.solve()
-        inner = Held(call.f)  # the backward pass evaluates it again
+        inner = _Unchanged(call.f)  # the backward pass evaluates it again
 
         def recomputed(z: State, *context: Tensor) -> State:
             return checkpoint(inner, z, *context, use_reentrant=False)  # type: ignore[return-value]

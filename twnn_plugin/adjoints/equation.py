@@ -24,6 +24,13 @@ _IN_PLACE = (
 )
 
 
+_SAME_MEMORY = (
+    "f returns the memory that it returned before, with other numbers in it, while the solver still uses the "
+    "earlier ones: a buffer for results, as of numpy's out= or of a captured CUDA graph. Let f return a copy "
+    "(.clone())."
+)
+
+
 _WRITTEN = (
     "f writes to context {place}, which belongs to the caller and is given to f again: by a torch function "
     "whose name ends in an underscore, or a module with inplace=True. Let f make a new tensor, or begin it "
@@ -51,6 +58,8 @@ class Equation:
         self.size = size
         self.evaluations = 0
         self.can_leave = bool(context)
+        self.alias = False  # whether f returns the same memory at each call, which then is its own
+        self._first: Tensor | None = None  # what it returned first, until it was called again
 
     def map(self, z: Tensor, *context: Tensor) -> Tensor:
         """``f`` as a function of (b, D) states and their context."""
@@ -59,6 +68,15 @@ class Equation:
     def evaluate(self, z: Tensor) -> Tensor:
         first = self.evaluations == 0
         self.evaluations += z.shape[0]
+        fz = self._checked(z, first)
+        if first:
+            self._first = fz
+        elif self._first is not None:
+            self._look_at_memory(fz)
+        return fz
+
+    def _checked(self, z: Tensor, first: bool) -> Tensor:
+        """``f(z)``, which must write neither to z nor, as far as its first evaluation shows, to the context."""
         if z.is_inference():  # such tensors do not count how often they are written to: look, once
             return self._watched(z) if first and not _capturing(z) else self.map(z, *self.context)
         version = z._version
@@ -70,6 +88,21 @@ class Equation:
             if known is not None and c._version != known:
                 raise MapError(_WRITTEN.format(place=place))
         return fz
+
+    @torch.no_grad()
+    def _look_at_memory(self, fz: Tensor) -> None:
+        """Refuse an ``f`` that wrote its second result where its first one is, out of torch's sight."""
+        first, self._first = self._first, None
+        assert first is not None
+        if transforms.active() or fz.is_meta:  # what is wrapped has no memory of its own
+            return
+        self.alias = fz.numel() > 0 and fz.data_ptr() == first.data_ptr()
+        if not self.alias or _capturing(fz):
+            return
+        before = fz.clone()  # a constant of f's own stays what it is
+        self.map(before.clone(), *self.context)
+        if not torch.equal(fz.nan_to_num(), before.nan_to_num()):
+            raise MapError(_SAME_MEMORY)
 
     def _watched(self, z: Tensor) -> Tensor:
         given = z.clone()
@@ -145,6 +178,7 @@ class Call:
     evaluations: int = 0
     rows_left: bool = False
     plain: Outcome | None = None
+    _alias: bool = False
 
     def equation(self, rows: Tensor | None = None) -> Equation:
         """The equation of all rows, or of some."""
@@ -173,6 +207,7 @@ class Call:
         control = self.control if rows is None else _renumbered(self.control, rows)
         outcome = solve(self.solver, equation, start, control)
         self.evaluations += equation.evaluations
+        self._alias = equation.alias
         self.rows_left = equation.size < (self.z0.shape[0] if rows is None else rows.numel())
         return self._own(outcome) if rows is None else self._spread(outcome, rows)
 
@@ -181,7 +216,7 @@ class Call:
         if torch.is_grad_enabled() or transforms.active() or outcome.value.numel() == 0:
             return outcome
         held = outcome.value.untyped_storage().data_ptr()
-        if all(t.untyped_storage().data_ptr() != held for t in (self.z0, *self.context)):
+        if not self._alias and all(t.untyped_storage().data_ptr() != held for t in (self.z0, *self.context)):
             return outcome
         return replace(outcome, value=outcome.value.clone())
 

@@ -19,7 +19,7 @@ from . import transforms
 from .capture import Capture, announce
 from .equation import Call
 
-__all__ = ["Again", "Pull", "Tape", "attach", "check_rows", "graft", "refuse"]
+__all__ = ["Again", "Pull", "Tape", "attach", "check_rows", "graft", "hooked", "looked_into", "refuse"]
 
 
 class _Source(torch.autograd.Function):
@@ -61,11 +61,11 @@ class _Graft(torch.autograd.Function):
             z0 = torch.zeros(shape, dtype=dtype, device=device)
         others = [None] * (len(ctx.needs_input_grad) - 5)
         if not torch.is_grad_enabled() and not transforms.active():
-            with _looked_into():
+            with looked_into():
                 return ctx.pull(g), None, z0, None, None, *others
         value, fz, *inputs = ctx.saved_tensors  # create_graph=True, or is_grads_batched=True
         try:
-            with _looked_into():
+            with looked_into():
                 return None, None, z0, None, None, *ctx.again(g, value, inputs)
         except MapError as error:
             with torch.no_grad():
@@ -74,7 +74,8 @@ class _Graft(torch.autograd.Function):
 
 
 @contextmanager
-def _looked_into() -> Iterator[None]:
+def looked_into() -> Iterator[None]:
+    """Say what to use instead of a kind of batch that no solve can be made in."""
     try:
         yield
     except RuntimeError as error:
@@ -82,8 +83,9 @@ def _looked_into() -> Iterator[None]:
             raise
         # torch has no public question for this kind of batch.
         raise TransformError(
-            "is_grads_batched=True and vectorize=True batch the backward pass in a way that cannot be looked "
-            "into, and a solve is. Use torch.func.vjp with torch.func.vmap, or torch.func.jacrev."
+            "is_grads_batched=True and vectorize=True batch derivatives in a way that cannot be looked into, "
+            "and a solve is. Use torch.func.vjp or jvp with torch.func.vmap, or torch.func.jacrev, jacfwd or "
+            "hessian."
         ) from error
 
 
@@ -108,6 +110,13 @@ _SLACK = 4.0  # a residual this many times the tolerance is no matter of roundin
 _FLOOR = 64.0  # roundings in which the same row may differ between batches
 
 
+def hooked() -> bool:
+    """Whether what autograd saves now goes through hooks, such as those of ``torch.utils.checkpoint``."""
+    # torch has no public question for it.
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 - torch's stubs leave it out
+    return autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class Tape:
     """``f`` evaluated once with a graph at given states, for products with its Jacobian.
 
@@ -123,6 +132,8 @@ class Tape:
 
     def __init__(self, call: Call, z: Tensor, rows: Tensor | None, attached: bool):
         self.equation, self._call, self._changed = call.equation(rows), call, False
+        self._rows, self._hooked = rows, attached and hooked()
+        self._again: Tape | None = None
         if not attached:
             self.equation.context = tuple(c.detach() for c in self.equation.context)
         with torch.enable_grad():
@@ -136,10 +147,26 @@ class Tape:
     def pull(self, u: Tensor) -> Tensor:
         """``J^T u`` for a (b, D) matrix of cotangents."""
         assert isinstance(self.z, Tensor)
+        if self._hooked:
+            return self._unhooked()(u)
         (product,) = torch.autograd.grad(
             self.fz, self.z, u, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         return product
+
+    def _unhooked(self) -> Callable[[Tensor], Tensor]:
+        """:meth:`pull` by an evaluation of its own, made with the first product.
+
+        Where the forward pass runs inside ``torch.utils.checkpoint``, or under other hooks on what is saved,
+        this tape has nothing saved: each product would compute the whole checkpointed part once more.
+        """
+        if self._again is None:
+            assert isinstance(self.z, Tensor)
+            again = Tape(self._call, self.z.detach(), self._rows, attached=False)
+            known = {id(tensor) for tensor in self.inputs}
+            same = {id(t) for t in again.found if t.is_leaf} <= known and self.gives(again.fz)
+            self._hooked, self._again = same, again
+        return self._again.pull if self._hooked else self.pull
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -289,6 +316,12 @@ def check_rows(call: Call, outcome: Outcome, z: Tensor, fz: Tensor, rows: Tensor
     )
 
 
+def _taped(call: Call, value: Tensor, broken: Tensor) -> tuple[Tape, Tensor | None]:
+    """``f`` at the rows of a value that are not broken, and their indices; None: all."""
+    rows = torch.nonzero(~broken).flatten() if bool(broken.any()) else None
+    return Tape(call, value if rows is None else value[rows], rows, attached=True), rows
+
+
 def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
     """Give the outcome's value a gradient by one evaluation of ``f`` with a graph.
 
@@ -301,14 +334,20 @@ def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
         pull: gives the gradient.
         again: gives it where it is to be differentiated again; raises ``MapError`` where it cannot.
     """
-    if not torch.is_grad_enabled() or outcome.value.shape[1] == 0:
+    if not torch.is_grad_enabled():
         return outcome
+    if outcome.value.shape[1] == 0:  # of nothing, but of what its gradients of zeros belong to
+        return replace(outcome, value=call.equation().evaluate(outcome.value))
     broken = outcome.status == int(Status.non_finite)
     if call.settled is not None:  # rows that nobody solved for, and so nobody looked at
         broken = broken | ~torch.isfinite(outcome.value).all(dim=1)
-    rows = torch.nonzero(~broken).flatten() if bool(broken.any()) else None
+    tape, rows = _taped(call, outcome.value, broken)
+    if bool((outcome.status == int(Status.diverged)).any()):
+        over = ~torch.isfinite(tape.fz.detach()).all(dim=1)  # finite themselves, with values that are not
+        if bool(over.any()):
+            broken = over if rows is None else broken.index_copy(0, rows, over)
+            tape, rows = _taped(call, outcome.value, broken)
     z = outcome.value if rows is None else outcome.value[rows]
-    tape = Tape(call, z, rows, attached=True)
     start = call.z0 if call.z0.requires_grad else None
     nobody = z.shape[0] == 0  # and still a loss, of nothing, that has a gradient, of zeros
     if not nobody:

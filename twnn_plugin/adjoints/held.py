@@ -64,6 +64,12 @@ class Held:
             holder = _Holder(list(self._modules.values()))
             return functional_call(holder, others, (self.function, arguments), tie_weights=False)
 
+    def learned(self) -> list[Tensor]:
+        """The tensors among what it held that want gradients."""
+        variables = [variable.held for variable in self._variables]
+        tensors = [*self._tensors.values(), *(held for held in variables if isinstance(held, Tensor))]
+        return [tensor for tensor in tensors if tensor.requires_grad and tensor.is_leaf]
+
     def _others(self) -> dict[str, Tensor]:
         """Of the parameters and buffers those that are other tensors now."""
         now = self._now()

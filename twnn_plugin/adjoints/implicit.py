@@ -206,7 +206,9 @@ def _differentiable(
     count = len(tape.equation.context)
     # By place, not by identity: one tensor may be context twice.
     place = {id(tensor): i for i, tensor in enumerate(tape.inputs) if i >= count}
-    if any(id(tensor) not in place for tensor in closed.captured):
+    found = {id(tensor) for tensor in closed.captured}
+    lost = not transforms.active() and any(t.requires_grad and id(t) not in found for t in tape.found)
+    if lost or not found <= place.keys():
         raise MapError(_CHANGED)
     places = [*range(count), *(place[id(tensor)] for tensor in closed.captured)]
     arguments = [inputs[i] for i in places]
@@ -246,8 +248,8 @@ def _whole(solved: Outcome, rows: Tensor | None, call: Call) -> tuple[Tensor, Te
 
 
 def _autocast_state(device: str) -> Callable[[], Any]:
-    """The present autocast setting, to be entered again in the backward pass."""
-    if not torch.is_autocast_enabled(device):
+    """The present autocast setting, to be entered again in the backward pass: off, too, if it was off."""
+    if not torch.amp.is_autocast_available(device):
         return contextlib.nullcontext
-    dtype = torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype)
+    on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype, enabled=on)

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from ..solvers import Control, Outcome, Solver, solve
 from ..types import AdjointReport, Status
 from .capture import announce, unwatched
+from .graft import looked_into
 from .linear import LinearSettings, Products, in_units, solve_linear, units_of
 from .maps import Joint, Linear, Map, Pushed, Transposed, pull_inputs, push_inputs
 
@@ -149,9 +150,9 @@ class _Fix(torch.autograd.Function):
         value, status, z0, *inputs = (saved.view_as(saved) for saved in ctx.saved_tensors)
         wanted = [i for i, wants in enumerate(ctx.needs_input_grad[3:]) if wants and _moves(inputs[i])]
         grads: list[Tensor | None] = [None] * len(inputs)
-        for i, grad in zip(
-            wanted, pull_back(ctx.h, ctx.method, value, status, inputs, wanted, g), strict=True
-        ):
+        with looked_into():
+            pulled = pull_back(ctx.h, ctx.method, value, status, inputs, wanted, g)
+        for i, grad in zip(wanted, pulled, strict=True):
             grads[i] = grad
         return None, None, torch.zeros_like(z0) if ctx.needs_input_grad[2] else None, *grads
 
@@ -159,7 +160,7 @@ class _Fix(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None, None]:
         # torch runs this rule with forward mode off, which silently loses the tangents of outer levels
         # (a jvp of a jvp): on again, with this level's own tangents taken off.
-        with forward_ad._set_fwd_grad_enabled(True):
+        with forward_ad._set_fwd_grad_enabled(True), looked_into():
             primals = [forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
             return _push_forward(ctx.h, ctx.method, primals, tangents[3:]), None, None, None
 
@@ -168,13 +169,14 @@ class _Fix(torch.autograd.Function):
         count = info.batch_size
         dims = in_dims[3:]
         mapped = h.aligned([dim is not None for dim in dims])
-        z0 = _first(z0, in_dims[2], count).flatten(0, 1)
+        z0 = _first(z0, in_dims[2], count)
+        batch = z0.shape[1]
         laid = []
         for x, dim, rows, differs in zip(inputs, dims, h.per_row, mapped, strict=True):
             x = _first(x, dim, count) if rows or differs else x
             laid.append(x.flatten(0, 1) if rows else x)
-        out = apply(h.stack(count, mapped), method, z0, *laid)
-        return tuple(x.unflatten(0, (count, x.shape[0] // count)) for x in out), (0, 0, 0, 0)
+        out = apply(h.stack(count, mapped), method, z0.flatten(0, 1), *laid)
+        return tuple(x.unflatten(0, (count, batch)) for x in out), (0, 0, 0, 0)
 
 
 def _push_forward(h: Map, method: Method, saved: Sequence[Tensor], tangents: Sequence[Any]) -> Tensor:

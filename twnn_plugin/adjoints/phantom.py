@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -46,19 +46,17 @@ class Phantom(Adjoint):
     def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
         with torch.no_grad():
             outcome = call.solve()
-        if not torch.is_grad_enabled() or outcome.value.shape[1] == 0:
+        if not torch.is_grad_enabled():
             return outcome
+        if outcome.value.shape[1] == 0:
+            return replace(outcome, value=call.equation().evaluate(outcome.value))
         good = torch.isfinite(outcome.value).all(dim=1) & (outcome.status != int(Status.non_finite))
-        rows = None if bool(good.all()) else torch.nonzero(good).flatten()
+        outcome, z, rows = self._steps(call, outcome, good)
+        finite = torch.isfinite(z.detach()).all(dim=1)
+        if not bool(finite.all()):  # rows that diverged so far that the steps overflow
+            good = finite if rows is None else good.index_copy(0, rows, finite)
+            outcome, z, rows = self._steps(call, outcome, good)
         start = outcome.value if rows is None else outcome.value[rows]
-        equation = call.equation(rows)
-        z = start
-        for step in range(self.steps):
-            fz = equation.evaluate(z)
-            if step == 0 and start.shape[0]:
-                outcome = check_rows(call, outcome, z, fz, rows)
-            z = torch.lerp(z, fz, self.damping)
-        call.evaluations += equation.evaluations
         begin = call.z0 if call.z0.requires_grad else None
         if not z.requires_grad and begin is None:
             return outcome
@@ -72,6 +70,19 @@ class Phantom(Adjoint):
         if rows is not None:
             value = outcome.value.index_copy(0, rows, value)
         return Outcome(value, outcome.status, outcome.steps, outcome.residual)
+
+    def _steps(self, call: Call, outcome: Outcome, good: Tensor) -> tuple[Outcome, Tensor, Tensor | None]:
+        """The outcome looked at anew, the states after the steps, and the rows that took them; None: all."""
+        rows = None if bool(good.all()) else torch.nonzero(good).flatten()
+        z = outcome.value if rows is None else outcome.value[rows]
+        equation = call.equation(rows)
+        for step in range(self.steps):
+            fz = equation.evaluate(z)
+            if step == 0 and z.shape[0]:
+                outcome = check_rows(call, outcome, z, fz, rows)
+            z = torch.lerp(z, fz, self.damping)
+        call.evaluations += equation.evaluations
+        return outcome, z, rows
 
     def _report(self, outcome: Outcome, g: Tensor, reports: list[AdjointReport]) -> None:
         reports.append(

@@ -109,7 +109,12 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
         if k == control.max_iter:
             book.exhaust(fz)
             break
-        z, state = solver.step(problem, z, fz, r, state)
+        following, state = solver.step(problem, z, fz, r, state)
+        if book.alive is not None and torch.is_grad_enabled():
+            # What becomes of a finished row is ignored, but if it overflows, 0 * inf makes the gradient of
+            # every weight NaN: it stands still.
+            following = torch.where(book.alive[:, None], following, z.detach())
+        z = following
         may_leave = leaving is not None and problem.can_leave and not control.coupled
         if may_leave and book.unfinished < problem.leave_share * problem.size:
             keep = book.compact()

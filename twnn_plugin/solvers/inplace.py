@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["differentiable"]
+__all__ = ["CHANGED", "differentiable"]
+
+CHANGED = (
+    "A tensor that f needs for its gradient was modified in place after f had used it; step optimisers and "
+    "edit weights after the backward pass."
+)
 
 
 class _Division(TorchFunctionMode):
@@ -66,8 +71,5 @@ def _plain(mode: _Division) -> Iterator[None]:
 def _unchanged(packed: tuple[Tensor, int]) -> Tensor:
     saved, version = packed
     if saved._version != version:  # autograd's own test, which hooks switch off
-        raise RuntimeError(
-            "A tensor that f needs for its gradient was modified in place after f had used it; step "
-            "optimisers and edit weights after the backward pass."
-        )
+        raise RuntimeError(CHANGED)
     return saved
