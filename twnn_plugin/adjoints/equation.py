@@ -76,7 +76,7 @@ class Equation:
         return fz
 
     def _checked(self, z: Tensor, first: bool) -> Tensor:
-        """``f(z)``, which must write neither to z nor, as far as its first evaluation shows, to the context."""
+        """``f(z)``, which must not write to z nor, as far as its first evaluation shows, to the context."""
         if z.is_inference():  # such tensors do not count how often they are written to: look, once
             return self._watched(z) if first and not _capturing(z) else self.map(z, *self.context)
         version = z._version
