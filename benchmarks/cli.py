@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from . import (  # noqa: F401  (they register themselves)
     wormholes,
 )
 from .everything import ALL, own_settings, run_all
-from .harness import REGISTRY, BenchError, Settings, find, run
+from .harness import REGISTRY, BenchError, Interrupted, PageError, Settings, find, run
 from .harness.run import load
 from .index import write_index
 
@@ -54,14 +55,18 @@ class OneLine(click.Command):
             _fail(f"{error.format_message()} See 'python -m benchmarks --help'.")
         except BenchError as error:
             _fail(str(error))
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("Interrupted. The finished cells are kept: go on with --resume FOLDER.", err=True)
+        except PageError as error:
+            _fail(str(error), code=1)
+        except (KeyboardInterrupt, click.Abort) as error:
+            stop = error.__cause__ or error  # click wraps what has interrupted the command
+            kept = f" The finished cells are kept: {stop}." if isinstance(stop, Interrupted) else ""
+            click.echo(f"Interrupted.{kept}", err=True)
             sys.exit(130)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     click.echo("Error: " + " ".join(message.split()), err=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _seeds(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
@@ -76,6 +81,12 @@ def _seeds(context: click.Context, option: click.Parameter, value: str) -> tuple
     return seeds
 
 
+def _budget(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):  # NaN is in every range, and would not be equal to itself on --resume
+        raise click.BadParameter(f"a finite number, such as 0.5 or 2; got {value}.")
+    return value
+
+
 @click.command("benchmarks", cls=OneLine, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("name", required=False)
 @click.option("--list", "list_them", is_flag=True, help="Show the benchmarks and their questions.")
@@ -85,6 +96,7 @@ def _seeds(context: click.Context, option: click.Parameter, value: str) -> tuple
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="torch's threads.")
 @click.option(
     "--budget",
+    callback=_budget,
     type=click.FloatRange(min=0.01),
     default=1.0,
     show_default=True,
@@ -98,7 +110,7 @@ def _seeds(context: click.Context, option: click.Parameter, value: str) -> tuple
 @click.option(
     "--resume",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Folder of an interrupted run: its finished cells are not run again.",
+    help="Folder of an interrupted run ('all': its --out): its finished cells are not run again.",
 )
 @click.pass_context
 def main(
@@ -120,13 +132,16 @@ def main(
     Results go into a dated folder in benchmarks/results, or into --out: result.json, table.md, plots.
     """
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+    if name == "index":
+        given = _given(context)
+        if given:
+            raise BenchError(f"'index' takes no options: leave {', '.join(given)} away.")
+        click.echo(write_index())
+        return
     if list_them or name is None:
         _list(console)
         if not list_them:
             raise click.UsageError("Say which benchmark to run.")
-        return
-    if name == "index":
-        click.echo(write_index())
         return
     if name not in (*REGISTRY, ALL):
         known = [*sorted(REGISTRY), ALL, "index"]
@@ -144,9 +159,7 @@ def main(
         return shlex.join(["python", "-m", "benchmarks", *(benchmark if w == ALL else w for w in own)])
 
     if name == ALL:
-        if resume is not None:
-            raise BenchError("--resume goes on with one run: say which benchmark's, in place of 'all'.")
-        sys.exit(1 if run_all(settings, out, command_of, console) else 0)
+        sys.exit(1 if run_all(settings, out, command_of, console, resume) else 0)
     folder = run(find(name), settings, out=out, resume=resume, command=command_of(name), console=console)
     cells = load(folder)["cells"]
     failed = [cell["key"] for cell in cells if cell["status"] != "ok"]
@@ -155,6 +168,16 @@ def main(
             f"{len(failed)} of {len(cells)} cells failed; --resume {folder} runs them again.", err=True
         )
         sys.exit(1)
+
+
+def _given(context: click.Context) -> list[str]:
+    """The options that were given, as they are called."""
+    options = [part for part in context.command.params if isinstance(part, click.Option)]
+    return [
+        option.opts[0]
+        for option in options
+        if option.name and context.get_parameter_source(option.name) != ParameterSource.DEFAULT
+    ]
 
 
 def _without(words: list[str], *options: str) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .harness import BenchError, Benchmark, Cell, Claim, Executed, Settings, Table, register
@@ -97,12 +98,18 @@ def shares(events: Any, passes: int, device: str) -> dict[str, Any]:
         return event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
 
     events = [event for event in events if not event.key.startswith("Profiler")]
-    total = sum(map(spent, events)) or 1.0
-    largest = sorted(events, key=spent, reverse=True)[:KEPT]
-    by_key = {event.key: event.count for event in events}
+    operations = [event for event in events if event.device_type == DeviceType.CPU]
+    # A kernel's time on a GPU is there twice: as an event of its own, of which torch's tables make the sum,
+    # and as the time of the operation that launched it, which has the name to be listed under.
+    timed = operations
+    if device == "cuda":
+        timed = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    total = sum(map(spent, timed)) or 1.0
+    largest = sorted(operations, key=spent, reverse=True)[:KEPT]
+    by_key = {event.key: event.count for event in operations}
     return {
         "self_ms": total / passes / 1e3,
-        "calls": sum(e.count for e in events if e.key.startswith("aten::")) / passes,
+        "calls": sum(e.count for e in operations if e.key.startswith("aten::")) / passes,
         "launches": sum(by_key.get(name, 0) for name in LAUNCH) / passes,
         "waits": {name: by_key[name] / passes for name in WAITS if name in by_key},
         "top": [{"name": e.key[:60], "calls": e.count / passes, "share": spent(e) / total} for e in largest],

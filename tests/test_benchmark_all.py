@@ -83,11 +83,12 @@ def test_all_runs_each_and_one_that_fails_does_not_lose_the_others(few, tmp_path
     good = load(tmp_path / "good")
     assert good["provenance"]["command"] == "python -m benchmarks good --quick"
     assert [cell["status"] for cell in load(tmp_path / "cell")["cells"]] == ["ok", "failed"]
-    assert (tmp_path / "end" / "cells.jsonl").exists()  # what was measured is kept
-    with pytest.raises(BenchError, match="already holds a result of cell, good"):
+    assert len(load(tmp_path / "end")["cells"]) == 2  # what was measured is kept
+    with pytest.raises(BenchError, match="already holds a result of cell, end, good"):
         everything.run_all(Settings(quick=True), tmp_path, str, console)
-    for name in ("cell", "good"):
+    for name in ("cell", "end", "good"):
         (tmp_path / name / "result.json").unlink()
+    (tmp_path / "end" / "cells.jsonl").touch()
     with pytest.raises(BenchError, match="already holds an interrupted run of end"):
         everything.run_all(Settings(quick=True), tmp_path, str, console)
 
@@ -151,7 +152,7 @@ def test_the_budget_is_refused_where_nothing_reads_it(name):
         (["--quick", "--out", "/proc/x"], "/proc/x cannot hold results"),
         (["--only", "a", "--out", "x"], "say which"),
         (["--device", "cuda", "--out", "x"], "'gpu'"),
-        (["--resume", "."], "say which"),
+        (["--resume", "."], "Nothing to resume in ."),
         (["--quick", "--full", "--out", "x"], "--full does not go with --quick"),
     ],
 )

@@ -9,10 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
+from benchmarks import gpu as gpu_set
 from benchmarks import seeds
-from benchmarks.gpu import Gpu, OutOfTime
-from benchmarks.harness import BenchError, Settings, find
+from benchmarks.gpu import LAST_END_S, LAST_START_S, Gpu, OutOfTime
+from benchmarks.harness import BenchError, Cell, Settings, find
 from benchmarks.harness.run import load, rounded, run
 from benchmarks.memories.report import series
 from benchmarks.modelling import papers, report
@@ -20,7 +23,7 @@ from benchmarks.modelling.arms import ARMS, SCALES, Arm, arms
 from benchmarks.modelling.networks import Deep, Shape
 from benchmarks.modelling.train import Run, fit
 from benchmarks.models import present
-from benchmarks.profile import earlier
+from benchmarks.profile import earlier, shares
 from benchmarks.training.tasks import Part
 from twnn_plugin.selection import selection_of
 
@@ -257,6 +260,32 @@ def test_a_profile_is_numbers_and_knows_what_was_before(tmp_path):
     assert (folder / "result.json").stat().st_size < 10_000
 
 
+def test_time_on_a_gpu_is_that_of_its_kernels_listed_by_operation():
+    """torch's profiler has each kernel twice: as an event, and as the time of what launched it."""
+
+    def event(number, name, device, begin, end):
+        made = {"id": number, "name": name, "start_us": begin, "end_us": end, "device_type": device}
+        return FunctionEvent(**made, thread=0, use_device="cuda", stack=[])
+
+    kernels = [("gemm", "aten::mm", 750), ("gemm", "aten::mm", 150), ("relu", "aten::relu", 100)]
+    events, now = [], 0
+    for number, (kernel, operation, long) in enumerate(kernels):
+        launching = event(2 * number, operation, DeviceType.CPU, 10 * number, 10 * number + 5)
+        launching.append_kernel(kernel, 0, long)
+        events += [launching, event(2 * number + 1, kernel, DeviceType.CUDA, 100 + now, 100 + now + long)]
+        now += long
+    found = EventList(events, use_device="cuda")
+    found._build_tree()  # as the profiler does when it stops
+    averages = found.key_averages()
+    told = shares(averages, 2, "cuda")
+    assert "Self CUDA time total: 1.000ms" in averages.table()
+    assert told["self_ms"] == 0.5 and told["calls"] == 1.5  # of two passes
+    assert [(top["name"], top["calls"], top["share"]) for top in told["top"]] == [
+        ("aten::mm", 1.0, pytest.approx(0.9)),
+        ("aten::relu", 0.5, pytest.approx(0.1)),
+    ]
+
+
 def test_the_gpu_set_has_the_newer_benchmarks_in_both_precisions_and_ends_in_time(monkeypatch):
     gpu = Gpu()
     with pytest.raises(BenchError, match="--quick"):
@@ -269,6 +298,57 @@ def test_the_gpu_set_has_the_newer_benchmarks_in_both_precisions_and_ends_in_tim
     gpu._begin = -1e9
     with pytest.raises(OutOfTime, match="--resume"):
         gpu.run_cell(cells[0], Settings("cuda"))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time passes only in cells, as long as the test says by their keys."""
+
+    class Owner:
+        now, takes = 1000.0, {}
+
+        def monotonic(self):
+            return self.now
+
+        def run_cell(self, cell, settings):
+            self.now += self.takes[cell.key]
+            return {}
+
+    fake = Owner()
+    monkeypatch.setattr(gpu_set, "time", fake)
+    monkeypatch.setattr(gpu_set, "find", lambda name: fake)
+    return fake
+
+
+def done_of(gpu, clock, device, *takes):
+    """Which of these cells, kind and seconds, are run."""
+    ran = []
+    for number, (kind, seconds) in enumerate(takes):
+        clock.takes[str(number)] = seconds
+        try:
+            gpu.run_cell(Cell(str(number), {"kind": kind}), Settings(device))
+            ran.append(number)
+        except OutOfTime as error:
+            assert "--resume runs it" in str(error)
+    return ran
+
+
+def test_a_gpu_cell_that_might_end_too_late_is_not_begun(clock):
+    long = ("model", 80.0)
+    filled = LAST_END_S - 2 * 80.0
+    cells = (("depth", filled), long, ("depth", 5.0), ("memory", 1.0), long, long, ("memory", 1.0))
+    gpu = Gpu()
+    # The second depth cell might take as long as the first, and the third model would end after the others.
+    assert done_of(gpu, clock, "cuda", *cells) == [0, 1, 3, 6]
+    assert clock.now - 1000.0 < LAST_END_S < 480
+    gpu.check(Settings("cuda"))  # another run, of another eight minutes
+    assert done_of(gpu, clock, "cuda", ("depth", 1.0), long) == [0, 1]
+    assert done_of(Gpu(), clock, "cpu", *cells) == list(range(len(cells)))
+
+
+def test_a_gpu_cell_of_a_new_kind_is_not_begun_after_the_last_start(clock):
+    assert done_of(Gpu(), clock, "cuda", ("depth", LAST_START_S + 1), ("memory", 0.0)) == [0]
+    assert done_of(Gpu(), clock, "cuda", ("depth", LAST_START_S - 1), ("memory", 0.0)) == [0, 1]
 
 
 def test_a_quick_gpu_set_on_a_cpu_writes_at_most_eight_small_files(tmp_path):

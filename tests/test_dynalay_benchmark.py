@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.dynalay import DynaLay
+from benchmarks.dynalay import ARMS, DynaLay
 from benchmarks.dynalaying import judge, report, tasks, train
 from benchmarks.harness import Settings
+from benchmarks.harness.run import RESULTS, load
 from twnn_plugin.selection import selection_of
 
 
@@ -54,6 +56,43 @@ def test_tables_plots_and_claims_are_made_of_the_cells(cells: list[dict[str, Any
     for cell in cells:
         cell_without = [{**c, "status": "failed", "data": None} if c is cell else c for c in cells]
         assert isinstance(bench.claims(cell_without), list)  # a failed cell loses its own lines alone
+
+
+@pytest.fixture(scope="module")
+def committed() -> list[dict[str, Any]]:
+    """The cells of the newest result."""
+    return load(max(RESULTS.glob("*_dynalay_cpu")))["cells"]
+
+
+def without(cells: list[dict[str, Any]], lost: set[str]) -> list[dict[str, Any]]:
+    """The same cells, some of them failed."""
+    return [{**c, "status": "failed", "reason": "x", "data": None} if c["key"] in lost else c for c in cells]
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.startswith("deq-")])
+def test_networks_without_a_seed_in_common_are_timed_and_not_judged(arm: str, committed: Any) -> None:
+    """The DEQ's own cells time DynaLay beside it; for its accuracy one of DynaLay's own is needed."""
+    task = "fashion_mnist"
+    kept = {f"{task}/dynalay/seed0", f"{task}/{arm}/seed1", f"{task}/{arm}/seed2"}
+    lost = {c["key"] for c in committed if c["key"].startswith(f"{task}/")} - kept
+    claims = [
+        c for c in DynaLay().claims(without(committed, lost)) if c.claim.startswith("table 1, backward")
+    ]
+    found = [c for c in claims if report.TITLES[arm] in c.claim and c.claim.endswith("side by side")]
+    (claim,) = (c for c in found if "not measured with the same seed" in c.ratio)
+    assert "times as fast" in claim.ratio and claim.met == "not measured"
+
+
+def test_no_pattern_of_failed_cells_costs_the_others_their_lines(committed: Any) -> None:
+    bench, rng = DynaLay(), random.Random(0)
+    keys = [cell["key"] for cell in committed]
+    patterns = [
+        {key for key in keys if rng.random() < share} for share in (0.3, 0.6, 0.8, 0.9) for _ in range(25)
+    ]
+    for lost in (*patterns, set(keys)):
+        cells = without(committed, lost)
+        text = "\n".join(str(row) for table in bench.tables(cells) for row in table.rows)
+        assert isinstance(bench.claims(cells), list) and (text or len(lost) == len(keys))
 
 
 def test_an_lstm_is_iterated_in_the_layers_that_a_cell_names(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ __all__ = [
     "Benchmark",
     "Cell",
     "Claim",
+    "Interrupted",
+    "PageError",
     "Settings",
     "Table",
     "find",
@@ -35,6 +37,14 @@ measures cells of another one again. Cells of old files have none."""
 
 class BenchError(ValueError):
     """A mistake of the user's: one line on stderr, exit code 2."""
+
+
+class PageError(RuntimeError):
+    """All cells are in ``result.json``, but a table, a plot or the claims could not be made of them."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user has stopped a run; the message says how to go on."""
 
 
 @dataclass(frozen=True)

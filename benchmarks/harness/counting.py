@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import twnn_plugin.blocks.count  # noqa: F401  (adds formulas that torch lacks)
+
 __all__ = ["Counts", "Executed", "counted"]
 
 _VIEWS = {"view", "detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "select"}
@@ -21,9 +23,10 @@ _VIEWS |= {"unbind", "split", "slice", "as_strided", "_unsafe_view", "_reshape_a
 class Executed(TorchDispatchMode):
     """Counts, while it is entered, the operations that reach kernels, and multiply-adds among them.
 
-    Multiply-adds are those of convolutions, matrix products and attention, forward and backward, by torch's
-    own formulas; nothing is estimated, so that work which a solver or a gate saves is not counted. Unlike
-    ``FlopCounterMode`` it installs no hooks, which fail where a backward pass calls ``autograd.grad``.
+    Multiply-adds are those of convolutions, matrix products, attention and recurrent layers, forward and
+    backward, by the formulas in torch's registry; nothing is estimated, so that work which a solver or a gate
+    saves is not counted. Unlike ``FlopCounterMode`` it installs no hooks, which fail where a backward pass
+    calls ``autograd.grad``.
 
     Attributes:
         multiply_adds: so far.

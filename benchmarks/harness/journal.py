@@ -33,6 +33,7 @@ JOURNAL, RESULT = "cells.jsonl", "result.json"
 class Earlier(NamedTuple):
     """What an earlier run says of itself, and its cells, each with its ``origin`` (None: unknown)."""
 
+    file: Path
     benchmark: str
     settings: dict[str, Any]
     cells: list[dict[str, Any]]
@@ -106,7 +107,8 @@ def earlier(folder: Path, say: Callable[[str], None]) -> Earlier | None:
         if not _is_cell(cell):
             raise BenchError(f"{found} is damaged: its cell {number} is none.{_way_out(folder)}")
     origin = inherited(run if isinstance(run, dict) else None)
-    return Earlier(benchmark, settings, [{**cell, "origin": cell.get("origin", origin)} for cell in cells])
+    cells = [{**cell, "origin": cell.get("origin", origin)} for cell in cells]
+    return Earlier(found, benchmark, settings, cells)
 
 
 def load(folder: Path) -> dict[str, Any]:

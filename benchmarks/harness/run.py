@@ -13,7 +13,7 @@ import json
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,11 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .bench import RECIPE, BenchError, Benchmark, Cell, Settings, Table
+from .bench import RECIPE, BenchError, Benchmark, Cell, Interrupted, PageError, Settings, Table
 from .journal import RESULT, begin_journal, earlier, load, require_place, require_unused
 from .provenance import code_of, dates_of, provenance, stamp, versions_of, where_of
 
-__all__ = ["load", "page_of", "run", "to_markdown"]
+__all__ = ["load", "page_of", "require_resumable", "run", "to_markdown"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _MUST_MATCH = ("device", "quick", "threads", "budget", "full")
@@ -62,6 +62,8 @@ def run(
     Raises:
         BenchError: the settings cannot be run, or are not those of the run to be resumed; the folder is
             taken, cannot be written to, or holds damaged files.
+        Interrupted: on Ctrl-C; the finished cells are in the folder.
+        PageError: ``result.json`` is there, with all cells; some of what is made of them is not.
     """
     console = console or Console(stderr=True)
     _check(benchmark, settings)
@@ -75,15 +77,28 @@ def run(
     origin = provenance(settings, command)  # now: the code that runs is the one that is there now
     head = {"benchmark": benchmark.name, "settings": settings.as_json(), "provenance": origin}
     journal = begin_journal(folder, head, done.values())
-    with _frozen(), journal.open("a", encoding="utf-8") as lines:
-        for record in _run_cells(benchmark, cells, done, settings, origin, console):
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-            done[record["key"]] = record
-    records = [done[cell.key] for cell in cells]
-    _write(folder, benchmark, records, origin, console)
-    journal.unlink()
+    try:
+        with _frozen(), journal.open("a", encoding="utf-8") as lines:
+            for record in _run_cells(benchmark, cells, done, settings, origin, console):
+                lines.write(json.dumps(record) + "\n")
+                lines.flush()
+                done[record["key"]] = record
+        lacking = _write(folder, benchmark, [done[cell.key] for cell in cells], origin, console)
+        journal.unlink()
+    except KeyboardInterrupt:
+        raise Interrupted(f"go on with --resume {folder} and the same other options") from None
+    if lacking:
+        raise PageError(
+            f"Not made: {'; '.join(lacking)}. All cells are in {folder / RESULT}: once that is mended, "
+            f"--resume {folder} makes it of them."
+        )
     return folder
+
+
+def require_resumable(folder: Path, benchmark: Benchmark, settings: Settings) -> None:
+    """:class:`BenchError` where a run with these settings cannot go on in the folder; measures nothing."""
+    cells = _chosen(benchmark.cells(settings), settings)
+    _finished(folder, benchmark, settings, cells, Console(quiet=True))
 
 
 @contextmanager
@@ -210,7 +225,9 @@ def _finished(
             f"{folder}: {len(other)} finished cell(s) were trained by another recipe, or do not say by "
             f"which: measured again. They are {', '.join(other)}."
         )
-    return {key: cell for key, cell in done.items() if key not in other}
+    kept = {key: cell for key, cell in done.items() if key not in other}
+    _check_data(found.file, benchmark, kept)
+    return kept
 
 
 def _check_kept(folder: Path, done: dict[str, Any], asked: dict[str, dict[str, Any]]) -> None:
@@ -227,26 +244,51 @@ def _check_kept(folder: Path, done: dict[str, Any], asked: dict[str, dict[str, A
         )
 
 
+def _check_data(file: Path, benchmark: Benchmark, kept: dict[str, Any]) -> None:
+    """The data of finished cells must be such as can be read; better said now than when others have run."""
+    for key, cell in kept.items():
+        try:
+            benchmark.tables([cell])
+            benchmark.claims([cell])
+        except Exception as error:
+            raise BenchError(
+                f"{file} is damaged, or of another version: the data of its cell {key} cannot be read "
+                f"({reason_of(error)}). Without that cell, --resume measures it again."
+            ) from None
+
+
 def _write(
     folder: Path,
     benchmark: Benchmark,
     records: list[dict[str, Any]],
     origin: dict[str, Any],
     console: Console,
-) -> None:
-    tables = benchmark.tables(records)
+) -> list[str]:
+    """The result, and the pages made of it; what could not be made, and why."""
+    lacking: list[str] = []
+
+    def made(what: str, make: Callable[[], list[Any]]) -> list[Any]:
+        # A mistake in what is said of the cells must not lose them.
+        try:
+            return make()
+        except Exception as error:
+            lacking.append(f"{what} ({reason_of(error)})")
+            console.print(traceback.format_exc(), style="dim", markup=False, highlight=False)
+            return []
+
+    tables = made("tables", lambda: benchmark.tables(records))
     result = {
         "benchmark": benchmark.name,
         "question": benchmark.question,
         "provenance": origin,
-        "claims": [asdict(claim) for claim in benchmark.claims(records)],
+        "claims": made("claims", lambda: [asdict(claim) for claim in benchmark.claims(records)]),
         "cells": records,
     }
     aside = folder / f"{RESULT}.new"  # the result of an earlier run stays until this one is whole
     aside.write_text(_lines(result), encoding="utf-8")
     aside.replace(folder / RESULT)
     (folder / "table.md").write_text(page_of(benchmark, origin, tables, records), encoding="utf-8")
-    plots = benchmark.plots(records, folder)
+    plots = made("plots", lambda: benchmark.plots(records, folder))
     for table in tables:
         if table.long:
             continue
@@ -254,6 +296,7 @@ def _write(
         for note in table.notes:
             console.print(note, style="dim", markup=False, highlight=False)
     console.print(f"{folder}: result.json, table.md" + "".join(f", {plot.name}" for plot in plots))
+    return lacking
 
 
 def _lines(result: dict[str, Any]) -> str:

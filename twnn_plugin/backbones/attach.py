@@ -145,14 +145,7 @@ def attach(
         build = _Builder(model, first, layout, make_gate, chosen, solve_settings, scale, aids, message)
         feedbacks = [build(spec, *found.example(i)) for i, spec in enumerate(found.specs)]
         if closed_head:
-            if any(isinstance(g.program, Rerun) or g.program.rest for g in found.groups):
-                raise AttachError(
-                    "A closed head goes with spans that are replayed and give one tensor to the rest of the "
-                    "model. Choose another span, or leave closed_head out."
-                )
-            for group in found.groups:
-                end = group.program.modules()[-1]
-                check_closed_head(model, closed_head, first, run(model, first), end)
+            _check_closed(model, found, closed_head, first)
     # Hooks go in only now that every span has passed: a refusal leaves the model as it was.
     holder = Holder(
         _spans(found, feedbacks), backbone.given if isinstance(backbone, ListedBackbone) else None
@@ -170,6 +163,17 @@ def _renamed(backbone: Backbone, model: nn.Module, wormholes: str | Sequence[str
     """The specs with the paths that their ends have in a rebuilt model."""
     specs = [[end.strip() for end in spec.split("->")] for spec in listed(wormholes)]
     return ["->".join(backbone.path(model, end) for end in ends) for ends in specs]
+
+
+def _check_closed(model: nn.Module, found: Arrangement, where: bool | str, first: Any) -> None:
+    """Refuse a closed head where the closed network's features are not those that the model has at hand."""
+    if any(isinstance(group.program, Rerun) or group.program.rest for group in found.groups):
+        raise AttachError(
+            "A closed head goes with spans that are replayed and give one tensor to the rest of the model. "
+            "Choose another span, or leave closed_head out."
+        )
+    for group in found.groups:
+        check_closed_head(model, where, first, run(model, first), group.program.modules()[-1])
 
 
 def _backbone(model: nn.Module, stages: Sequence[Any] | None, example: Any) -> Backbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -28,10 +29,50 @@ def _attention_backward(*arguments: Any, **_: Any) -> int:
     return 2 * batch * heads * queries * key[2] * (3 * width + 2 * value[3])
 
 
-# torch 2.11 has no formula for attention on the CPU, which it would leave out.
+def _recurrent(*arguments: Any, **_: Any) -> int:
+    """Two operations for each weight of a recurrent layer and each time step of each row.
+
+    What one direction of one layer is given: input (T, B, C) or packed (N, C), then its two matrices.
+    """
+    steps, *weights = arguments[:3]
+    return _at_each_step(steps, weights)
+
+
+def _recurrent_all(*arguments: Any, **_: Any) -> int:
+    """The same for all layers and directions in one call: the weights and biases come as one list.
+
+    What a layer is given by the one before it has as many steps as the input.
+    """
+    return _at_each_step(*arguments[:2])
+
+
+def _recurrent_backward(*arguments: Any, **_: Any) -> int:
+    """The gradients of inputs, states and weights: oneDNN computes all of them, asked for or not."""
+    return 2 * _recurrent(*arguments)
+
+
+def _recurrent_all_backward(*arguments: Any, **_: Any) -> int:
+    """The gradients of inputs and states, and those of the weights if the last of the mask says so."""
+    return (1 + arguments[-1][-1]) * _recurrent_all(*arguments)
+
+
+def _at_each_step(steps: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
+    # Biases have one axis. So a projection, which is one more matrix, is counted, too.
+    return 2 * math.prod(steps[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+
+
+# torch 2.11 has no formula for attention on the CPU, and up to 2.15 none has one for the fused kernels of
+# recurrent layers: nn.LSTM on the CPU (oneDNN), all of them on a GPU (cuDNN, MIOpen). They would be left out.
+# With these in its registry, whoever counts by torch's formulas counts them.
 for _operation, _formula in (
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention),
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward),
+    (torch.ops.aten.mkldnn_rnn_layer, _recurrent),
+    (torch.ops.aten.mkldnn_rnn_layer_backward, _recurrent_backward),
+    (torch.ops.aten._cudnn_rnn, _recurrent_all),
+    (torch.ops.aten._cudnn_rnn_backward, _recurrent_all_backward),
+    (torch.ops.aten.miopen_rnn, _recurrent_all),
+    (torch.ops.aten.miopen_rnn_backward, _recurrent_all_backward),
 ):
     with suppress(RuntimeError):  # torch has one
         register_flop_formula(_operation)(_formula)
@@ -57,8 +98,8 @@ def group_multiply_adds(
 ) -> int:
     """Multiply-adds of one evaluation of a group's map for one row, as of its last input's shape.
 
-    Counted by running it once on zeros in eval mode: matrix products, convolutions and attention,
-    the messages included; normalisations and activations are not counted.
+    Counted by running it once on zeros in eval mode: matrix products, convolutions, attention and recurrent
+    layers, the messages included; normalisations and activations are not counted.
 
     Args:
         feedbacks: the wormholes of the group.

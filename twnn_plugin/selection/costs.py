@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..blocks import Feedback
 from ..errors import MapError
 from ..modes import evaluating
-from .protocols import Counted
 
 __all__ = ["Costs", "count", "probe"]
 
@@ -86,11 +85,9 @@ def count(
     states = [x.detach().new_zeros(1, *x.shape[1:])]
     with evaluating(*modules):
         for module in modules:
-            given = states[-1]
             with FlopCounterMode(display=False) as counter:
-                states.append(module(given))
-            own = isinstance(module, Counted)
-            parts.append(module.multiply_adds_of(given) if own else counter.get_total_flops() // 2)
+                states.append(module(states[-1]))
+            parts.append(counter.get_total_flops() // 2)
         for place, feedback in zip(places, feedbacks, strict=True):
             # Beforehand, as in a solve: a constrained weight is worked out once, and does not count.
             weight = feedback.message.weight()

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..policies import Policy
 
-__all__ = ["CostWeighted", "Counted", "Follower", "Learner", "Separable"]
-
-
-@runtime_checkable
-class Counted(Protocol):
-    """A layer that counts its own multiply-adds, since its kernels are closed to torch's counter.
-
-    Fused recurrent kernels are: ``FlopCounterMode`` finds no matrix product in ``nn.LSTM``.
-    """
-
-    def multiply_adds_of(self, example: Tensor) -> int:
-        """Multiply-adds of a call with ``example`` (B, ...), all rows together."""
-        ...
+__all__ = ["CostWeighted", "Follower", "Learner", "Separable"]
 
 
 @runtime_checkable

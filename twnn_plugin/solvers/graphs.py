@@ -37,23 +37,25 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """A :class:`Capture` by a CUDA graph, on the current device."""
+    """A :class:`Capture` by a CUDA graph, on the device that is the current one when it is made."""
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        # torch's own stream for captures is one for the process, on the device of the first of them.
+        self._side = torch.cuda.Stream()
 
     def warm_up(self, work: Callable[[], Carry]) -> Carry:
         # On a stream of its own, as torch asks for: libraries allocate their workspaces here.
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+        main = torch.cuda.current_stream()
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
             done = work()
-        main.wait_stream(side)
+        main.wait_stream(self._side)
         return done
 
     def record(self, work: Callable[[], None]) -> None:
         try:
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=self._side):
                 work()
         except RuntimeError as error:
             raise MapError(
