@@ -64,9 +64,13 @@ class Objective(nn.Module):
         if self.reward is not None:
             terms.append(policy_loss(selection.last, logits, targets, self.reward))
         if self.closed_weight:
-            terms.append(closed_loss(selection.last, targets, self.closed_weight))
+            terms.append(
+                closed_loss(selection.last, targets, self.closed_weight, self._smoothing_of(targets))
+            )
         return terms
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        smoothing = 0.0 if targets.is_floating_point() else self.smoothing
-        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self._smoothing_of(targets))
+
+    def _smoothing_of(self, targets: Tensor) -> float:
+        return 0.0 if targets.is_floating_point() else self.smoothing

@@ -88,14 +88,21 @@ class RunState:
             if self.selecting is not None:
                 self.selecting.load_state_dict(state["selecting"])
                 self.selecting.sums.sums.copy_(state["selection_sums"][rank])
-            self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            self.progress = _progress(state, self.progress)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not hold the state of this run: {error!r}.") from error
 
     def finite(self) -> bool:
         """Whether every weight is a finite number."""
         norms = [p.detach().float().abs().amax() for p in self.model.parameters() if p.numel()]
         return bool(torch.isfinite(torch.stack(norms)).all())
+
+
+def _progress(state: Mapping[str, Any], like: Progress) -> Progress:
+    for name in ("epoch", "step_in_epoch", "updates", "lines"):
+        if type(state[name]) is not int or state[name] < 0:
+            raise ValueError(f"{name} is {state[name]!r}")
+    return Progress(**{name: state[name] for name in vars(like)})
 
 
 def make_run_state(config: TrainConfig, model: nn.Module, device: torch.device, steps: int) -> RunState:

@@ -179,7 +179,10 @@ class _Run:
                 "Start torchrun with the same number."
             )
         self.state.load(state, path, self.here.rank)
-        restore_rng(state["rng"][self.here.rank], self.here.device)
+        try:
+            restore_rng(state["rng"][self.here.rank], self.here.device)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not hold the random state of a run: {error!r}.") from error
 
     def finish(self) -> TrainResult:
         """Train to the end."""

@@ -128,7 +128,7 @@ def run_text(task: TextTask, variant: str, seed: int) -> dict[str, Any]:
 def _model(task: TextTask, splits: TextSplits, layers: tuple[str, ...]) -> nn.Module:
     spec = splits.spec
     solve: dict[str, Any] = {"policy": "always", "max_choices": 1, "solver": "picard", "adjoint": "unrolled"}
-    solve |= {"tol": task.tol, "max_iter": task.max_iter}
+    solve |= {"tol": task.tol, "max_iter": task.max_iter, "norm": "max"}
     return timm.create_model(
         "dynalay_lstm3",
         num_classes=spec.num_classes,

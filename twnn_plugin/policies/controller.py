@@ -72,8 +72,10 @@ class ControllerPolicy(LearningPolicy):
         )
 
     def _impossible(self, view: SelectionView) -> Tensor:
-        """(1 + 2 N,) bool: to skip what follows the last stage, or a stage that changes the shape."""
-        following = [not ok for ok in view.skippable[1:]] + [True]
+        """(1 + 2 N,) bool: to skip a stage that changes the shape, or that is none to choose from."""
+        adjacent = view.adjacent[1:] or (True,) * (len(view.layers) - 1)
+        following = [not (ok and next_) for ok, next_ in zip(view.skippable[1:], adjacent, strict=True)]
+        following.append(True)  # nothing follows the last one
         flags = [False] * (1 + len(view.layers)) + following
         return torch.tensor(flags, device=view.last.device)
 

@@ -32,6 +32,8 @@ class SelectionView:
         logits: (b, K) its present prediction, before softmax.
         index: (b,) its place in the batch.
         skippable: for each layer, whether its output has the shape of its input, and so can be left out.
+        adjacent: for each layer, whether the one before it in ``layers`` is the one before it in the network.
+            Empty: all are.
     """
 
     layers: tuple[str, ...]
@@ -46,6 +48,7 @@ class SelectionView:
     logits: Tensor
     index: Tensor
     skippable: tuple[bool, ...] = ()
+    adjacent: tuple[bool, ...] = ()
 
     @property
     def rows(self) -> int:

@@ -139,7 +139,9 @@ def policy_loss(record: SelectionRecord, logits: Tensor, targets: Tensor, settin
     return settings.weight * total
 
 
-def closed_loss(record: SelectionRecord, targets: Tensor, weight: float = 0.5) -> Tensor:
+def closed_loss(
+    record: SelectionRecord, targets: Tensor, weight: float = 0.5, smoothing: float = 0.0
+) -> Tensor:
     """``weight`` times the cross-entropy of the open-loop prediction, over every sample: a scalar.
 
     Without it, the open-loop pass learns from the samples alone that chose NOP, and a network that iterates
@@ -147,12 +149,15 @@ def closed_loss(record: SelectionRecord, targets: Tensor, weight: float = 0.5) -
 
     Args:
         record: of a pass in training.
-        targets: (B, ...) integers.
+        targets: (B, ...) integers, or (B, K) shares of labels.
         weight: >= 0.
+        smoothing: of the labels, in [0, 1).
 
     Raises:
-        OptionError: an impossible weight.
+        OptionError: an impossible weight or smoothing.
     """
     if not is_number(weight) or weight < 0:
         raise OptionError(f"The closed loss needs a finite weight >= 0; got {weight!r}.")
-    return weight * F.cross_entropy(record.closed.float(), targets)
+    if not is_number(smoothing) or not 0 <= smoothing < 1:
+        raise OptionError(f"The closed loss needs a smoothing of at least 0 and below 1; got {smoothing!r}.")
+    return weight * F.cross_entropy(record.closed.float(), targets, label_smoothing=smoothing)

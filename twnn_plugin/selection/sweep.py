@@ -117,6 +117,7 @@ class Sweeps:
             pick(self.states[-1].detach()),
             active,
             tuple(self.states[p].shape == self.states[p + 1].shape for p in owner.places),
+            tuple(i > 0 and owner.places[i - 1] == p - 1 for i, p in enumerate(owner.places)),
         )
 
     def _repeat(self, active: Tensor, chosen: Tensor) -> Tensor:

@@ -283,6 +283,8 @@ class RecurrentStack(nn.Module):
         if lengths is None:
             return None
         sizes = torch.as_tensor(lengths, device=x.device)
+        if x.shape[0] == 0 and sizes.shape == (0,):  # of which torch makes floats, and nothing is packed
+            return None
         fits = sizes.shape == (x.shape[0],) and not (sizes.is_floating_point() or sizes.dtype == torch.bool)
         if not fits or (sizes.numel() and not 0 <= int(sizes.min()) <= int(sizes.max()) <= x.shape[1]):
             raise MapError(

@@ -90,7 +90,8 @@ class DynaLayRNN(nn.Module):
         open_head: whether sequences that iterated are answered by a head of their own.
         in_chans: there are no channels; ignored.
         **settings: ``solver``, ``adjoint``, ``tol``, ``max_iter``, ``stop``, ``norm`` of the solves, as in
-            :func:`twnn_plugin.fix`; by default tol=1e-3, max_iter=30, norm="max" (at every step).
+            :func:`twnn_plugin.fix`; by default tol=1e-3, max_iter=30, and norm="max" (at every step) or, for
+            classification, "l2" (of the document, however far it is padded).
 
     Raises:
         ConfigError: an option that is not possible.
@@ -172,7 +173,8 @@ class DynaLayRNN(nn.Module):
             registry.resolve("dynalay" if policy is None else policy),
             chosen,
             max_choices,
-            settings=SolveSettings(norm="max").changed(**settings),
+            # Padding is zeros: it adds nothing to a norm, and would make the rms of a document smaller.
+            settings=SolveSettings(norm="l2" if self.task == "classification" else "max").changed(**settings),
             connection=Connection(**connection),
             open_head=open_head,
         )

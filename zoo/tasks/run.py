@@ -88,13 +88,28 @@ def train_from_options(options: Mapping[str, Any], given: Mapping[str, Any], con
     recipe = recipe_for(model, **changes, size=size)
     output, state = _folder(options, f"{model}-{task.name}")
     if state is not None:
-        saved = Recipe.from_dict(state["recipe"])
+        saved = _recipe_of(state, output)
         if saved.model != model:
             raise ConfigError(f"{output} holds a run of {saved.model}, not of {model}.")
         chosen = {**changes, **({} if options.get(SIZES[task.name]) is None else {"size": size})}
         recipe = replace(saved, **chosen)  # settings that are not given are those of the run
     with output_folder(output):
         return _train(recipe, task, options, output, state, console)
+
+
+def _recipe_of(state: Mapping[str, Any], folder: Path) -> Recipe:
+    """The recipe in a checkpoint.
+
+    Raises:
+        CheckpointError: there is none that this version knows.
+    """
+    try:
+        return Recipe.from_dict(state["recipe"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"The run in {folder} was begun with settings that this version does not have: {error}. Resume "
+            "it with the version that began it, or choose another --output."
+        ) from error
 
 
 def _train(
@@ -114,7 +129,10 @@ def _train(
     if state is not None and state["data"] != _digest(data):
         raise ConfigError("The interrupted run had other examples: resume it with the same --data-dir.")
     device = pick_device(options["device"])
-    trained = train_task(recipe, data=data, console=console, state=state, save=save, device=device)
+    try:
+        trained = train_task(recipe, data=data, console=console, state=state, save=save, device=device)
+    except CheckpointError as error:
+        raise CheckpointError(f"{output}: {error}") from error
     if held_out is None:
         held_out = task.draw(recipe.size, _SAMPLES, recipe.seed, "val")
     figures = {**score(trained.model, held_out).figures(), "data": options["data_dir"] or "generated"}

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..build import create
 from ..checkpoint import restore_rng, rng_state
-from ..errors import ConfigError, TrainingError
+from ..errors import CheckpointError, ConfigError, TrainingError, ZooError
 from ..interrupt import Interruption
 from ..progress import Bar
 from .catalog import Task
@@ -160,7 +160,20 @@ class _Training:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Go on from :meth:`state`.
+
+        Raises:
+            ConfigError: it is of a training with other settings.
+            CheckpointError: it is damaged, or was written by another version.
+        """
+        try:
+            self._load(state)
+        except ZooError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"The state to go on from is not that of this run: {error!r}.") from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         theirs = Recipe.from_dict(state["recipe"])
         if theirs != self.recipe:
             other = [
