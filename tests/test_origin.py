@@ -77,9 +77,14 @@ def test_the_name_survives_casts_and_averages(cast):
     vit("blocks.11->blocks.4").load_state_dict({**saved, key: saved[key] + 0.5})  # no name any more
 
 
-@pytest.mark.parametrize("features", [{}, {"feature_cls": "getter"}])
 @pytest.mark.parametrize(
-    ("name", "span"), [("convnext_atto", "stages.3->stages.2"), ("resnet10t", "layer4->layer3")]
+    ("name", "span", "features"),
+    [
+        ("convnext_atto", "stages.3->stages.2", {}),
+        ("convnext_atto", "stages.3->stages.2", {"feature_cls": "getter"}),
+        ("resnet10t", "layer4->layer3", {"feature_cls": "getter"}),
+        ("resnet10t", "layer4->layer3", {"feature_cls": "hook"}),
+    ],
 )
 def test_weights_of_a_whole_model_are_those_of_its_features(tmp_path, name, span, features):
     model = timm.create_model(f"twnn_{name}", num_classes=3, wormholes=span)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import twnn_plugin as tw
 from tests import problems
@@ -172,6 +174,65 @@ def test_training_with_it_lowers_the_radius(penalty):
     before = spectral_radius(f, solve(), x).value.mean()
     step_to(lambda: penalty(f, solve(), x), cell, 40)
     assert spectral_radius(f, solve(), x).value.mean() < 0.8 * before
+
+
+def attention(fused: bool, weight: Tensor, heads: int = 2):
+    """One layer of attention as a map of (B, L, C)."""
+
+    def f(z: Tensor) -> Tensor:
+        q, k, v = (z @ weight).view(*z.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+        if fused:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, dim=-1) @ v
+        return out.transpose(1, 2).reshape(z.shape)
+
+    return f
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda f, z: jacobian_frobenius(f, z, samples="exact"),
+        lambda f, z: jacobian_frobenius(f, z, samples="exact", through_solution=True),
+        lambda f, z: spectral_penalty(f, z, target=0.1),
+        lambda f, z: spectral_penalty(f, z, target=0.1, measure="radius"),
+    ],
+    ids=["frobenius", "frobenius through z", "lipschitz", "radius"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_fused_attention_is_penalised_like_any_other(penalty, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 24, dtype=dtype, requires_grad=True)
+    z = torch.randn(2, 3, 8, dtype=dtype, requires_grad=True)
+    before = torch.backends.cuda.flash_sdp_enabled()
+    found = [penalty(attention(fused, weight), z) for fused in (True, False)]
+    grads = [torch.autograd.grad(value, weight)[0] for value in found]
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3 if dtype == torch.float32 else 1e-7, atol=1e-4)
+    assert bool(grads[0].any()) and before and torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_the_penalty_of_a_transformer_is_that_of_its_attention_unfused(precision):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "twnn_vit_tiny_patch16_224", num_classes=5, img_size=32, depth=2, jacobian=0.1, policy="always"
+    ).train()
+    x, losses, grads = torch.randn(2, 3, 32, 32), [], []
+    for fused in (True, False):
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            model(x)
+            losses.append(model.auxiliary_loss())
+        losses[-1].backward()
+        grads.append(model.blocks[1].attn.qkv.weight.grad.clone())
+    assert problems.relative(losses[0], losses[1]) < (1e-3 if precision is None else 0.05)
+    assert problems.relative(grads[0], grads[1]) < (1e-3 if precision is None else 0.1)
+    assert bool(grads[0].any())
 
 
 def test_reductions_states_and_edges():

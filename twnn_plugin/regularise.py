@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .certificates.linear import (
     Jacobian,
@@ -48,7 +51,8 @@ def jacobian_frobenius(
     that settles fast and ignores its state.
 
     Args:
-        f: ``f(z, *context)``, rows independent, twice differentiable in reverse mode.
+        f: ``f(z, *context)``, rows independent, twice differentiable in reverse mode. Torch's attention is:
+            here it runs without its fused kernels, which are not.
         z: state (B, ...), tensor, tuple or dict; usually ``solution.value``.
         *context: tensors (B, ...).
         samples: random vectors per row, >= 1, or ``"exact"``: all D unit vectors, with no randomness.
@@ -112,7 +116,8 @@ def spectral_penalty(
     gradient is capped: x and y count as if their cosine were at least 1e-3. ``z`` is a constant.
 
     Args:
-        f: ``f(z, *context)``, rows independent, twice differentiable in reverse mode.
+        f: ``f(z, *context)``, rows independent, twice differentiable in reverse mode. Torch's attention is:
+            here it runs without its fused kernels, which are not.
         z: state (B, ...), tensor, tuple or dict; usually ``solution.value``.
         *context: tensors (B, ...).
         target: s is free up to here. >= 0.
@@ -140,7 +145,8 @@ def spectral_penalty(
     flat, fz = _attached(f, z, context, through_solution=False)
     if flat.numel() == 0:
         return _reduce(flat.new_zeros(flat.shape[0]), reduction)
-    jacobian = Jacobian(f, z, context)
+    with _plain_attention():
+        jacobian = Jacobian(f, z, context)
     figure = _singular_value if measure == "lipschitz" else _eigenvalue
     s = figure(jacobian, flat, fz, min(iterations, flat.shape[1]), generator)
     return _reduce((s - target).clamp_min(0).square(), reduction)
@@ -198,7 +204,13 @@ def _attached(
         flat, context = outside_inference(flat), tuple(outside_inference(c) for c in context)
         if not through_solution or not flat.requires_grad:
             flat = flat.detach().requires_grad_()
-        return flat, evaluated(f, layout, flat, context)
+        with _plain_attention():
+            return flat, evaluated(f, layout, flat, context)
+
+
+def _plain_attention() -> AbstractContextManager[Any]:
+    """Within this, attention is made of operations that can be differentiated twice, unlike fused kernels."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _pull(fz: Tensor, flat: Tensor, u: Tensor) -> Tensor:

@@ -152,13 +152,13 @@ class _Group:
             # Between wormholes of a group, who pays for a sample that several of them open is not known.
             spent = self.replays if together or len(self.members) == 1 else self.steps[place]
             if self.opened[place]:
-                gate.effort = gate.effort.new_tensor(spent / self.opened[place])
+                gate.put("effort", spent / self.opened[place])
             if not together:
                 self.shares[place] = gate.wanted() or 0.0
             elif gate.replays() is not None and self.replays:
                 self.shares[place] = min(self.shares[place] / self.excess(), 1.0)
             scores = torch.cat(self.scores[place])
-            gate.threshold = _quantile(scores, 1 - self.shares[place]).to(gate.threshold)
+            gate.put("threshold", _quantile(scores, 1 - self.shares[place]))
 
 
 def _decisions(part: Part) -> tuple[Tensor, Tensor]:

@@ -126,16 +126,17 @@ class ClosedHead(nn.Module):
         """(B,) bool: samples that were iterated somewhere and did not fall back."""
         settled = torch.zeros(rows, dtype=torch.bool)
         for part in self.parts:
-            record = part.last
-            if record is None:
-                continue
-            if record.open.shape[0] != rows:
+            known, mine = self.companion.settled.get(part.span, (0, None))
+            if known != rows:
+                if part.last is None:
+                    continue
                 raise AttachError(
-                    f"The head was given {rows} samples, the last pass through the wormholes had "
-                    f"{record.open.shape[0]}: the closed head cannot tell which of them are settled. Call "
-                    "the model, or forward_head right after forward_features."
+                    f"The head was given {rows} samples, the last pass of this thread through the wormholes "
+                    f"had {known}: the closed head cannot tell which of them are settled. Call the model, or "
+                    "forward_head right after forward_features."
                 )
-            settled = settled.to(record.open.device) | (record.open & ~record.fallback)
+            if mine is not None:
+                settled = settled.to(mine.device) | mine
         return settled
 
     def _copy_missing(self, model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -1,17 +1,27 @@
-"""Seeing that the modules of a model's spans are still where they were when the wormholes were attached."""
+"""Seeing that the modules of a model's spans are still where they were when the wormholes were attached.
+
+And that the hooks on them are those that were there, or such as do no harm.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..blocks.companion import PerThread
 from ..errors import AttachError
-from .span import AttachedGroup
+from .span import AttachedGroup, ReplayedGroup
+from .wiring import Placed, versions
 
 __all__ = ["Intact", "guard"]
+
+_RENEWING = threading.Lock()
+"""Held while hooks are put in their places."""
 
 
 class Intact:
@@ -27,10 +37,13 @@ class Intact:
 
     def __init__(self, model: nn.Module, groups: Sequence[AttachedGroup]):
         paths = {module: path for path, module in reversed(list(model.named_modules()))}
+        self.passes = [group.passes for group in groups]
         self.steps: list[tuple[nn.Module, str, nn.Module]] = []
         """Parent, name and child, from the model down to each module that is looked after."""
         self.spans: list[tuple[str, str]] = []
         """For each of these the child's path and the span that needs it, for messages."""
+        self.watches: list[_Watch] = []
+        """The hooks that are looked after."""
         known: set[tuple[int, str]] = set()
         for group in groups:
             # Those in between are missed when they are not called: see ReplayedGroup and Rerun.
@@ -45,14 +58,38 @@ class Intact:
                         self.steps.append((parent, name, child))
                         self.spans.append((path, group.name))
                     parent = child
+            if isinstance(group, ReplayedGroup):  # where the forward is run again, so are all of its hooks
+                self.watches += _watches(model, group, [paths[module] for module in modules])
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_exporting():  # which has stand-ins for the modules; export has looked before
             return
-        self.look()
+        for passes in self.passes:
+            passes.now.begun = True
+        if torch.compiler.is_dynamo_compiling():  # a graph has no hooks: see ReplayedGroup
+            self._in_place()
+        else:
+            self.look()
 
     def look(self) -> None:
-        """Raise if a module is not where it was."""
+        """Raise if a module is not where it was, and see to hooks that have come since the last pass."""
+        self._in_place()
+        for watch in self.watches:
+            if [*watch.hooks] != watch.keys:
+                with _RENEWING:
+                    watch.renew()  # which another thread may have done meanwhile
+
+    def stale(self) -> None:
+        """Raise if hooks have come since the last pass that was not compiled."""
+        for watch in self.watches:
+            if [*watch.hooks] != watch.keys and watch.late():
+                raise AttachError(
+                    f"{watch.path!r}, of span {watch.group.name!r}, was given a hook after its wormhole was "
+                    "attached, which a compiled model cannot see to. Register it before attaching, or make a "
+                    "pass with the model as it is, and compile it then."
+                )
+
+    def _in_place(self) -> None:
         for parent, name, child in self.steps:
             if getattr(parent, name, None) is not child:
                 self._refuse()
@@ -68,10 +105,175 @@ class Intact:
             )
 
 
+class _Watch:
+    """Looks after the hooks of one module, before its calls or behind them.
+
+    Args:
+        group: whose span needs it.
+        path: of the module, for messages.
+        module: the module.
+        ahead: whether it is the hooks before its calls.
+    """
+
+    def __init__(self, group: ReplayedGroup, path: str, module: nn.Module, ahead: bool):
+        self.group, self.path, self.module, self.ahead = group, path, module, ahead
+        # torch tells in no public way that there are hooks.
+        self.hooks: dict[int, Any] = module._forward_pre_hooks if ahead else module._forward_hooks
+        self.keys = [*self.hooks]
+        self.known = frozenset(self.keys)
+
+    def late(self) -> list[int]:
+        """The places among all hooks of those that have come since, but for our own."""
+        found = enumerate(self.hooks.items())
+        return [place for place, (key, hook) in found if key not in self.known and not _ours(hook)]
+
+    def renew(self) -> None:
+        """See to hooks that have come or gone."""
+        if [*self.hooks] == self.keys:
+            return
+        if self.late():
+            self.arrange()
+        self.keys = [*self.hooks]
+
+    def arrange(self) -> None:
+        """Some have come."""
+        raise NotImplementedError
+
+
+class _InPlace(_Watch):
+    """Keeps a hook of ours before all that have come since, or behind them.
+
+    What it notes is then what replays are given, or what they return.
+    """
+
+    def __init__(self, group: ReplayedGroup, path: str, placed: Placed):
+        super().__init__(group, path, placed.module, placed.ahead)
+        self.placed = placed
+
+    def arrange(self) -> None:
+        mine, late = [*self.hooks].index(self.placed.place), self.late()
+        if late[0] < mine if self.ahead else late[-1] > mine:
+            self.placed.moved(prepend=self.ahead)
+
+
+class _Exit(_Watch):
+    """Behind a span's last call: hooks that come later may look at the settled value and not change it.
+
+    In each replay they would act as well, so that they would act on the solution of their own equation once
+    more.
+    """
+
+    def __init__(self, group: ReplayedGroup, path: str):
+        super().__init__(group, path, group.exit.module, False)
+        self.check: Placed | None = None
+
+    def arrange(self) -> None:
+        if self.check is not None:
+            self.check.moved(prepend=False)
+        elif self.late()[-1] > [*self.hooks].index(self.group.exit.place):
+            self.check, self.group.guarded = Placed.behind(self.module, self._check), True
+
+    def _check(self, module: nn.Module, args: Any, output: Any) -> None:
+        now = self.group.passes.now
+        if now.replaying or now.left is None:
+            return
+        left, now.left = now.left, None
+        if not _unchanged(left, output):
+            raise AttachError(
+                f"A forward hook on {self.path!r}, where span {self.group.name!r} ends, was registered after "
+                "the wormhole was attached and changes what the module returns. It would act in every replay "
+                "and once more on the solution. Register it before attaching, or on a module behind the span."
+            )
+
+
+class _Noted(PerThread):
+    """What a thread's pass gave to a module's hooks, or None."""
+
+    def __init__(self) -> None:
+        self.value: list[Any] | None = None
+
+
+class _Crossed(_Watch):
+    """On a container that a span leaves or enters between two of its calls, and that replays so pass by.
+
+    Hooks may look at what goes through, in the open-loop pass. If one changes it, the replays are not what
+    the model computes.
+    """
+
+    def __init__(self, group: ReplayedGroup, path: str, module: nn.Module, ahead: bool):
+        super().__init__(group, path, module, ahead)
+        self.noted = _Noted()
+        self.pair: tuple[Placed, Placed] | None = None
+
+    def arrange(self) -> None:
+        if self.pair is None:
+            register = Placed.before if self.ahead else Placed.behind
+            note, check = (self._given, self._gone_in) if self.ahead else (self._note, self._check)
+            self.pair = register(self.module, note, prepend=True), register(self.module, check)
+        else:
+            for placed, prepend in zip(self.pair, (True, False), strict=True):
+                placed.moved(prepend)
+
+    def _given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._note(module, args, (args, kwargs))
+
+    def _gone_in(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._check(module, args, (args, kwargs))
+
+    def _note(self, module: nn.Module, args: Any, value: Any) -> None:
+        now = self.group.passes.now
+        inside = now.open_loop is not None and not now.replaying
+        self.noted.value = versions(value) if inside else None
+
+    def _check(self, module: nn.Module, args: Any, value: Any) -> None:
+        noted, self.noted.value = self.noted.value, None
+        if noted is not None and not _unchanged(noted, value):
+            what = "is given" if self.ahead else "returns"
+            raise AttachError(
+                f"A hook on {self.path!r}, inside of span {self.group.name!r}, was registered after the "
+                f"wormhole was attached and changes what the module {what}. Replays call the modules inside "
+                "of it, not the module itself, so that the hook would be left out. Register it before "
+                "attaching, or on a module inside of it."
+            )
+
+
+def _unchanged(before: Sequence[tuple[Any, int]], value: Any) -> bool:
+    after = versions(value)
+    pairs = zip(before, after)  # noqa: B905 - their number is looked at
+    return len(before) == len(after) and all(a is b and m == n for (a, m), (b, n) in pairs)
+
+
+def _ours(hook: Any) -> bool:
+    """Whether a hook is this library's own: some come and go with each pass."""
+    name = getattr(getattr(hook, "__self__", hook), "__module__", None) or ""
+    return name.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _watches(model: nn.Module, group: ReplayedGroup, paths: Sequence[str]) -> Iterator[_Watch]:
+    """What is looked after for a group whose modules, in the order of their calls, have these paths."""
+    names = {id(node.module[0]): node.path for node in group.program.nodes}
+    for placed in (group.entrance, *group.catches):
+        yield _InPlace(group, names[id(placed.module)], placed)
+    yield _Exit(group, paths[-1])
+    found: dict[tuple[str, bool], None] = {}
+    for before, after in pairwise(paths):
+        left, entered = _around(before), _around(after)
+        found.update({(path, False): None for path in left if path not in entered})
+        found.update({(path, True): None for path in entered if path not in left})
+    for path, ahead in found:
+        yield _Crossed(group, path, model.get_submodule(path), ahead)
+
+
+def _around(path: str) -> list[str]:
+    """The paths of the containers of a module, but for the model."""
+    names = path.split(".")
+    return [".".join(names[:count]) for count in range(1, len(names))]
+
+
 def guard(model: nn.Module, groups: Sequence[AttachedGroup]) -> Intact:
     """Let each pass through a model begin with a look at the modules of its spans."""
     made = Intact(model, groups)
     for group in groups:
-        group.look = made.look
+        group.look, group.stale = made.look, made.stale
     model.register_forward_pre_hook(made)
     return made

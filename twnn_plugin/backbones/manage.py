@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -76,7 +76,7 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
     Raises:
         AttachError: the model has no wormholes.
         UnknownNameError: an unknown name, with the nearest one.
-        OptionError: an unknown option or an impossible value.
+        OptionError: an unknown option or an impossible value, or spans that are no names, or none at all.
     """
     selection = selection_of(model)
     if selection is not None:
@@ -84,13 +84,7 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
         return model
     parts: list[Feedback | TemporalSpan] = [holder.feedback for holder in _holders(model)]
     if spans is not None:
-        wanted = [spans] if isinstance(spans, str) else list(spans)
-        known = [part.span for part in parts]
-        for name in wanted:
-            if name not in known:
-                raise UnknownNameError(
-                    f"Unknown span {name!r}.{nearest(name, known)} Spans: {', '.join(known)}."
-                )
+        wanted = _named(spans, [part.span for part in parts])
         parts = [part for part in parts if part.span in wanted]
     known = [*SolveSettings.names(), "policy", *_GATE_OPTIONS, *_AIDS, "closed_weight"]
     for name in options:
@@ -122,6 +116,20 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
     if head is not None:
         head.weight = float(weight)
     return model
+
+
+def _named(spans: Any, known: Sequence[str]) -> list[str]:
+    """The names of the spans to change."""
+    wanted = [spans] if isinstance(spans, str) else list(spans) if isinstance(spans, Iterable) else []
+    if not wanted or not all(isinstance(name, str) for name in wanted):
+        raise OptionError(
+            f"spans is the name of a span, such as {known[0]!r}, or several in a list, or None for all of "
+            f"them; got {spans!r}."
+        )
+    for name in wanted:
+        if name not in known:
+            raise UnknownNameError(f"Unknown span {name!r}.{nearest(name, known)} Spans: {', '.join(known)}.")
+    return wanted
 
 
 def _configure_selection(
@@ -209,4 +217,4 @@ def _set_gate(part: Feedback | TemporalSpan, options: dict[str, Any]) -> None:
     if "temperature" in options:
         gate.temperature = float(options["temperature"])
     if "threshold" in options:
-        gate.threshold = gate.threshold.new_tensor(float(options["threshold"]))
+        gate.put("threshold", float(options["threshold"]))

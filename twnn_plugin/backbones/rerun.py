@@ -10,6 +10,7 @@ modules.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from ..trees import leaves, rebuild
 from .flow import Place, leaf_at, rows_per_sample, with_leaf
 from .plan import Ends, Plan, Refusal, loose
 from .survey import Survey, run_for_real
-from .wiring import Arguments, Program, split
+from .wiring import Arguments, Program, Turns, split
 
 __all__ = ["Own", "Recorded", "Rerun", "rerun"]
 
@@ -74,6 +75,7 @@ class Rerun(Program):
         plan: the span.
         rows: for the calls before the span, the rows per sample of each leaf of the output.
         copied: outputs that are changed in place later on, so that a copy is kept.
+        turns: whose turn it is to stand in for the model's modules.
     """
 
     model: tuple[nn.Module]
@@ -83,6 +85,7 @@ class Rerun(Program):
     plan: Plan
     rows: tuple[tuple[int, ...], ...]
     copied: frozenset[Place] = field(default_factory=frozenset)
+    turns: Turns = field(default_factory=Turns, compare=False)
 
     def modules(self) -> list[nn.Module]:
         return list(dict.fromkeys(self.called[self.plan.first :]))
@@ -260,19 +263,20 @@ class Rerun(Program):
     @contextmanager
     def _played(self, handler: Handler) -> Iterator[None]:
         """Within this, calls of the modules go to ``handler``, in their order."""
-        turn = _Turn(self, handler)
+        turn = _Turn(self, handler, threading.get_ident())
         modules = list(dict.fromkeys(self.called))
-        before = [vars(module).get("forward") for module in modules]
-        try:
-            for module, own in zip(modules, before, strict=True):
-                setattr(module, "forward", _Stand(module, own, turn))  # noqa: B010 - for this instance alone
-            yield
-        finally:
-            for module, own in zip(modules, before, strict=True):
-                if own is None:
-                    delattr(module, "forward")
-                else:
-                    setattr(module, "forward", own)  # noqa: B010
+        with self.turns.mine():
+            before = [vars(module).get("forward") for module in modules]
+            try:
+                for module, own in zip(modules, before, strict=True):
+                    setattr(module, "forward", _Stand(module, own, turn))  # noqa: B010 - for this instance
+                yield
+            finally:
+                for module, own in zip(modules, before, strict=True):
+                    if own is None:
+                        delattr(module, "forward")
+                    else:
+                        setattr(module, "forward", own)  # noqa: B010
 
 
 @dataclass
@@ -281,6 +285,7 @@ class _Turn:
 
     program: Rerun
     handler: Handler
+    thread: int
     call: int = 0
     inside: bool = False
 
@@ -295,7 +300,7 @@ class _Stand:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         turn, forward = self.turn, self.before or type(self.module).forward.__get__(self.module)
-        if turn.inside:
+        if turn.inside or turn.thread != threading.get_ident():
             return forward(*args, **kwargs)
         call, called = turn.call, turn.program.called
         if call < len(called) and called[call] is not self.module:

@@ -101,29 +101,33 @@ class RerunGroup(AttachedGroup):
     def reached(self) -> Sequence[nn.Module]:
         return (self.program.model[0],)
 
+    def busy(self) -> bool:
+        # While calls of the modules are played, other threads wait, and would for ever if this one halted.
+        return self.unfinished() or self.program.turns.taken()
+
     def inside(self) -> list[nn.Module]:
         found = self.program.plan
         return list(dict.fromkeys(self.program.called[found.first : found.last]))
 
     def run(self, own: Own, given: Arguments) -> Any:
         """What a method of the model returns, with the group settled."""
-        program = self.program
-        if self.replaying or self.unfinished():
+        program, now = self.program, self.passes.now
+        if now.replaying or self.unfinished():
             return own(*given[0], **given[1])
 
         def begin(entry: Tensor) -> None:
-            self.open_loop = OpenLoop(self.one_map, entry, self.training)
+            now.open_loop = OpenLoop(self.one_map, entry, self.training)
 
         def rests(outs: Sequence[Tensor]) -> bool:
-            if self.open_loop is None or not self.rests(self.open_loop, outs):
+            if now.open_loop is None or not self.rests(now.open_loop, outs):
                 return False
-            self.open_loop = None  # what follows lies behind the span
+            now.open_loop = None  # what follows lies behind the span
             return True
 
         try:
             noted = program.record(own, given, begin, rests)
         finally:
-            watched, self.open_loop = self.open_loop, None
+            watched, now.open_loop = now.open_loop, None
         if noted.rests:
             return noted.result
         if watched is None or noted.calls <= program.plan.last:

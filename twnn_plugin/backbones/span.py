@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adjoints.held import Reaching
 from ..blocks import Feedback, SpanRecord
+from ..blocks.companion import PerThread
 from ..blocks.count import group_multiply_adds
 from ..blocks.one_map import Frozen, OneMap
 from ..blocks.open_loop import OpenLoop
@@ -19,7 +20,7 @@ from ..blocks.settle import at_rest, settle, settle_and_send
 from ..errors import AttachError
 from ..trees import rebuild
 from .flow import leaf_at
-from .wiring import Arguments, Program, Wiring, snapshot
+from .wiring import Arguments, Placed, Program, Turns, Wiring, snapshot, versions
 
 __all__ = ["AttachedGroup", "AttachedSpan", "ReplayedGroup", "asleep", "settling", "spans"]
 
@@ -28,6 +29,42 @@ Settler = Callable[..., tuple[Tensor, ...]]
 
 Evaluate = Callable[..., tuple[tuple[Tensor, ...], Any]]
 """``evaluate(entry, signals, *constants) -> (states, what the last call returned)``."""
+
+
+class _Pass:
+    """How far a pass has come in a group.
+
+    Attributes:
+        open_loop: what watches it; None: it is not inside of the group.
+        replaying: whether calls of the modules are nothing to the group.
+        how: what settles in place of the ordinary solve; None: nothing.
+        begun: whether the model's own pass has begun and not come to the group yet.
+        by_hand: whether the group was entered without one.
+        seen: what the calls were given so far.
+        caught: the outputs of inner sources.
+        left: what the last call gave back, and its versions, where somebody looks after that.
+    """
+
+    __slots__ = ("begun", "by_hand", "caught", "how", "left", "open_loop", "replaying", "seen")
+
+    def __init__(self, parts: int):
+        self.open_loop: OpenLoop | None = None
+        self.replaying = self.begun = self.by_hand = False
+        self.how: Settler | None = None
+        self.seen: list[Arguments] = []
+        self.caught: list[Any] = [None] * parts
+        self.left: list[tuple[Tensor, int]] | None = None
+
+
+class _Passes(PerThread):
+    """The pass of each thread: several may use a model in eval mode, and streams halt in the middle."""
+
+    def __init__(self, parts: int):
+        self.parts = parts
+        self.now = _Pass(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.parts,)
 
 
 class AttachedGroup(Reaching):
@@ -47,11 +84,11 @@ class AttachedGroup(Reaching):
         self.parts = tuple(parts)
         self.program = program
         self.one_map = OneMap(program.modules())
-        self.open_loop: OpenLoop | None = None
-        self.how: Settler | None = None  # instead of the ordinary solve
-        self.replaying = False
+        self.passes = _Passes(len(self.parts))
+        self.turns = Turns()  # of threads that stand in for the modules
         self.kept: Sequence[Arguments] = ()  # the last solve's constants, for counting
         self.look: Callable[[], None] | None = None  # raises if a module of the spans was replaced
+        self.stale: Callable[[], None] | None = None  # raises if hooks have come that nobody looked at
         for part in self.parts:
             part.mode = self.mode
 
@@ -65,9 +102,23 @@ class AttachedGroup(Reaching):
         """Whether the wormholes are in training mode."""
         return self.parts[0].training
 
+    @property
+    def open_loop(self) -> OpenLoop | None:
+        """What watches this thread's pass; None: it is not inside of the group."""
+        return self.passes.now.open_loop
+
+    @property
+    def replaying(self) -> bool:
+        """Whether this thread's calls of the modules are nothing to the group."""
+        return self.passes.now.replaying
+
+    def busy(self) -> bool:
+        """Whether this thread's pass may not be halted for others: it is inside of the group."""
+        return self.unfinished()
+
     def unfinished(self) -> bool:
-        """Whether a pass has entered the group and not left it."""
-        return self.open_loop is not None
+        """Whether a pass of this thread has entered the group and not left it."""
+        return self.passes.now.open_loop is not None
 
     def rests(self, watched: OpenLoop, outs: Sequence[Tensor]) -> bool:
         """Whether the open-loop outputs are the settled ones, as far as a glance tells.
@@ -76,7 +127,7 @@ class AttachedGroup(Reaching):
             watched: the pass.
             outs: (B, ...) the open-loop outputs of the sources.
         """
-        return self.how is None and not watched.active and at_rest(self.parts, outs)
+        return self.passes.now.how is None and not watched.active and at_rest(self.parts, outs)
 
     def reached(self) -> Sequence[nn.Module]:
         """What the group's map uses."""
@@ -89,11 +140,12 @@ class AttachedGroup(Reaching):
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Within this, passes through the modules are nothing to the group."""
-        before, self.replaying = self.replaying, True
+        now = self.passes.now
+        before, now.replaying = now.replaying, True
         try:
             yield
         finally:
-            self.replaying = before
+            now.replaying = before
 
     def solve(
         self,
@@ -124,15 +176,15 @@ class AttachedGroup(Reaching):
         def replay(entry: Tensor, signals: Sequence[Tensor | None], *rows: Tensor) -> tuple[Tensor, ...]:
             return evaluate(entry, signals, *rows)[0]
 
-        given = (constants, frozen, entry)
-        if self.how is not None:
+        given, how = (constants, frozen, entry), self.passes.now.how
+        if how is not None:
             latest: list[Any] = [None]
 
             def watched(entry: Tensor, signals: Sequence[Tensor | None], *rows: Tensor) -> tuple[Tensor, ...]:
                 latest[0] = signals
                 return evaluate(entry, signals, *rows)[0]
 
-            return self.how(self.parts, entries, outs, watched if send else replay, *given), latest[0]
+            return how(self.parts, entries, outs, watched if send else replay, *given), latest[0]
         if not send:
             return settle(self.parts, entries, outs, replay, *given), None
         values, signals, _ = settle_and_send(self.parts, entries, outs, replay, *given)
@@ -161,8 +213,7 @@ class AttachedGroup(Reaching):
 
     # Copies and pickles hold no activations.
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"open_loop": None, "replaying": False, "kept": (), "how": None}
-        return {**self.__dict__, **fresh}
+        return {**self.__dict__, "kept": ()}
 
 
 class ReplayedGroup(AttachedGroup):
@@ -181,46 +232,57 @@ class ReplayedGroup(AttachedGroup):
 
     def __init__(self, parts: Sequence[Feedback], wiring: Wiring):
         super().__init__(parts, wiring)
-        self.seen: list[Arguments] = []
-        self.caught: list[Any] = [None] * len(self.parts)
         self.nested = any(node.nested for node in wiring.nodes)
+        self.guarded = False  # whether hooks behind the one on the last call are looked after
         first, *later = wiring.nodes
-        first.module[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        self.entrance = Placed.before(first.module[0], self._enter)
         for node in later:
             node.module[0].register_forward_pre_hook(self._note, with_kwargs=True)
+        self.catches: list[Placed] = []
         for node in wiring.nodes[:-1]:
             for wormhole, leaf in node.states:
-                node.module[0].register_forward_hook(_Catch(self, wormhole, leaf))
-        wiring.nodes[-1].module[0].register_forward_hook(self._leave)
+                self.catches.append(Placed.behind(node.module[0], _Catch(self, wormhole, leaf)))
+        self.exit = Placed.behind(wiring.nodes[-1].module[0], self._leave)
 
     def inside(self) -> list[nn.Module]:
         return self.program.modules()[:-1]
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.replaying:
+        now = self.passes.now
+        if now.replaying:
             return
         entry = leaf_at((args, kwargs), self.program.nodes[0].entry)
         if self.program.copies_entry:
             entry = entry.clone()
-        self.open_loop = OpenLoop(self.one_map, entry, self.training)
-        self.seen = [snapshot(args, kwargs) if self.nested else (args, kwargs)]
+        now.by_hand, now.begun = not now.begun, False
+        now.open_loop = OpenLoop(self.one_map, entry, self.training)
+        now.seen = [snapshot(args, kwargs) if self.nested else (args, kwargs)]
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.open_loop is not None and not self.replaying:
-            self.seen.append(snapshot(args, kwargs) if self.nested else (args, kwargs))
+        now = self.passes.now
+        if now.open_loop is not None and not now.replaying:
+            now.seen.append(snapshot(args, kwargs) if self.nested else (args, kwargs))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.replaying or self.open_loop is None:
+        now = self.passes.now
+        if now.replaying or now.open_loop is None:
             return None
         # A solve takes as many steps as its data need: a compiled model leaves its graph for it.
-        outside = torch.compiler.is_compiling() and self.how is None
-        return self._settle_outside(output) if outside else self._settle(output)
+        # The unrolled form takes none in eval mode.
+        steady = now.how is not None and not (self.training and torch.is_grad_enabled())
+        outside = not steady and torch.compiler.is_compiling()
+        found = self._settle_outside(output) if outside else self._settle(output)
+        if self.guarded:
+            now.left = versions(output if found is None else found)
+        return found
 
     def _settle(self, output: Any) -> Any:
         """What the group's last call returns, settled."""
-        assert self.open_loop is not None
-        watched, seen = self.open_loop, self.seen
-        self.open_loop, self.seen = None, []
+        now = self.passes.now
+        watched, seen = now.open_loop, now.seen
+        assert watched is not None
+        now.open_loop, now.seen = None, []
+        by_hand = now.by_hand and now.how is None and self.look is not None  # attach itself makes passes
         wiring, entry = self.program, watched.entry
         if len(seen) != len(wiring.nodes):
             raise AttachError(
@@ -230,6 +292,7 @@ class ReplayedGroup(AttachedGroup):
         if self.rests(watched, self._found(output)) and wiring.fits(seen):
             self._forget()
             return None
+        silence = (None,) * len(self.parts)
         shared = wiring.template(seen)  # no activations, so that replays of two passes can be one map
         constants = wiring.constants(seen)
 
@@ -237,9 +300,12 @@ class ReplayedGroup(AttachedGroup):
             with self.quiet():
                 return wiring.replay(entry, signals, shared, rows)
 
+        if by_hand and not watched.active:
+            self._check_one_pass(self._found(output), lambda: evaluate(entry, silence, *constants)[0])
+
         def again() -> tuple[Tensor, ...]:
             nonlocal output
-            states, output = evaluate(entry, (None,) * len(self.parts), *constants)
+            states, output = evaluate(entry, silence, *constants)
             return states
 
         outs, frozen = watched.finish(self._outs(output), again)
@@ -253,11 +319,40 @@ class ReplayedGroup(AttachedGroup):
         self.keep(shared)
         return wiring.returned(output, fresh, values)
 
-    _settle_outside: Any = torch.compiler.disable(_settle)  # type: ignore[call-arg]
+    def _looked_at(self, output: Any) -> Any:
+        """:meth:`_settle` behind a compiled graph, which cannot look at the hooks itself."""
+        if self.stale is not None:
+            self.stale()
+        return self._settle(output)
+
+    _settle_outside: Any = torch.compiler.disable(_looked_at)  # type: ignore[call-arg]
+
+    @torch.no_grad()
+    def _check_one_pass(self, outs: Sequence[Tensor], replay: Callable[[], Sequence[Tensor]]) -> None:
+        """Refuse calls by hand, without a pass of the model, of which one has nothing to do with another.
+
+        Nothing is said of the inputs themselves, which hooks may exchange: what counts is whether the calls,
+        made one after another, come to the same.
+        """
+        try:
+            found = replay()
+            alike = all(a.shape == b.shape and _close(a, b) for a, b in zip(outs, found, strict=True))
+        except RuntimeError:  # activations that do not go together
+            alike = False
+        if alike:
+            return
+        self._forget()
+        first, last = self.program.nodes[0].path, self.program.nodes[-1].path
+        raise AttachError(
+            f"{first!r} to {last!r}, the modules of span {self.name!r}, were called by hand, and not with "
+            "what the one before them had returned, so that there is no pass whose equation could be solved. "
+            "Call the model, or hand on what each module returns. Called once more by itself, the last "
+            "module computes what it does in the plain model."
+        )
 
     def _found(self, output: Any) -> list[Any]:
         """The outputs of the sources, as the model has them."""
-        found = list(self.caught)
+        found = list(self.passes.now.caught)
         for wormhole, leaf in self.program.nodes[-1].states:
             found[wormhole] = leaf_at(output, leaf)
         return found
@@ -272,7 +367,7 @@ class ReplayedGroup(AttachedGroup):
         return tuple(outs)
 
     def _forget(self) -> None:
-        self.caught = [None] * len(self.parts)
+        self.passes.now.caught = [None] * len(self.parts)
 
     def _entries(self, entry: Tensor, seen: Sequence[Arguments]) -> list[Tensor]:
         entries: list[Any] = [None] * len(self.parts)
@@ -281,8 +376,12 @@ class ReplayedGroup(AttachedGroup):
                 entries[wormhole] = entry if index == 0 else leaf_at(given, node.entry)
         return entries
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "seen": [], "caught": [None] * len(self.parts)}
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two evaluations of the same are the same, but for what other kernels round otherwise."""
+    a, b = a.nan_to_num(), b.nan_to_num()
+    size = float(a.abs().amax()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=0.01 * size)
 
 
 class _Catch:
@@ -292,10 +391,10 @@ class _Catch:
         self.group, self.wormhole, self.leaf = group, wormhole, leaf
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        group = self.group
-        if group.open_loop is not None and not group.replaying:
+        group, now = self.group, self.group.passes.now
+        if now.open_loop is not None and not now.replaying:
             value = leaf_at(output, self.leaf)
-            group.caught[self.wormhole] = value.clone() if group.program.copies_outs[self.wormhole] else value
+            now.caught[self.wormhole] = value.clone() if group.program.copies_outs[self.wormhole] else value
 
 
 class AttachedSpan(nn.Module):
@@ -330,7 +429,7 @@ class AttachedSpan(nn.Module):
 
     @property
     def open_loop(self) -> OpenLoop | None:
-        """The pass that is inside of the span; None: there is none."""
+        """The pass of this thread that is inside of the span; None: there is none."""
         return self.group.open_loop
 
     def forward(self, value: Any) -> Any:
@@ -365,14 +464,15 @@ def _groups(of: nn.Module | Sequence[AttachedGroup]) -> list[AttachedGroup]:
 def settling(of: nn.Module | Sequence[AttachedGroup], how: Settler) -> Iterator[None]:
     """Within this, ``how`` settles the groups (of a model) in place of the ordinary solve."""
     groups = _groups(of)
-    before = [group.how for group in groups]
-    for group in groups:
-        group.how = how
+    passes = [group.passes.now for group in groups]
+    before = [now.how for now in passes]
+    for now in passes:
+        now.how = how
     try:
         yield
     finally:
-        for group, old in zip(groups, before, strict=True):
-            group.how = old
+        for now, old in zip(passes, before, strict=True):
+            now.how = old
 
 
 @contextmanager

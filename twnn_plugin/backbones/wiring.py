@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import AttachError
 from ..trees import leaves, rebuild
 from .flow import Call, Flow, Use, rows_per_sample
 from .plan import Plan, Refusal
 
-__all__ = ["Arguments", "Node", "Program", "Source", "Wiring", "snapshot", "split", "wire"]
+__all__ = [
+    "Arguments",
+    "Node",
+    "Placed",
+    "Program",
+    "Source",
+    "Turns",
+    "Wiring",
+    "snapshot",
+    "split",
+    "versions",
+    "wire",
+]
 
 Arguments = tuple[Any, Any]
 """(args, kwargs) of one call."""
@@ -63,6 +79,80 @@ class Node:
     states: tuple[tuple[int, int], ...]
     entry: int = 0
     nested: bool = False
+
+
+class Turns:
+    """Lets one thread at a time stand in for the modules of a model; the others wait.
+
+    Copies and pickles begin with nobody's turn.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.depth = 0  # written by whoever has the turn
+
+    @contextmanager
+    def mine(self) -> Iterator[None]:
+        """Within this, it is this thread's turn; a thread may take its own once more."""
+        with self.lock:
+            self.depth += 1
+            try:
+                yield
+            finally:
+                self.depth -= 1
+
+    def taken(self) -> bool:
+        """Whether it is anybody's turn."""
+        return self.depth > 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+@dataclass(eq=False)
+class Placed:
+    """A hook on a module, and where it stands among the others there.
+
+    Attributes:
+        module: the module.
+        hook: the hook.
+        handle: what removes it.
+        ahead: whether it is called before the module; else behind it.
+    """
+
+    module: nn.Module
+    hook: Callable[..., Any]
+    handle: RemovableHandle
+    ahead: bool
+
+    @classmethod
+    def before(cls, module: nn.Module, hook: Callable[..., Any], prepend: bool = False) -> Placed:
+        """Register ``hook(module, args, kwargs)``."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
+        return cls(module, hook, handle, True)
+
+    @classmethod
+    def behind(cls, module: nn.Module, hook: Callable[..., Any], prepend: bool = False) -> Placed:
+        """Register ``hook(module, args, output)``."""
+        return cls(module, hook, module.register_forward_hook(hook, prepend=prepend), False)
+
+    @property
+    def place(self) -> int:
+        """Its key among the hooks."""
+        return self.handle.id
+
+    def moved(self, prepend: bool) -> None:
+        """Register it anew, before all the others or behind them."""
+        old, register = self.handle, Placed.before if self.ahead else Placed.behind
+        self.handle = register(self.module, self.hook, prepend).handle
+        old.remove()  # afterwards, so that no other thread's pass goes by without it
+
+
+def versions(value: Any) -> list[tuple[Tensor, int]]:
+    """The tensors in nested values, each with a number that changes when it is written to."""
+    found = [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+    known = not torch.compiler.is_compiling()
+    return [(leaf, leaf._version if known and not leaf.is_inference() else 0) for leaf in found]
 
 
 class Program(ABC):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..gates import FollowsGate, Gate, GateOutput
+from ..gates.base import ordinary
 from ..regularise import jacobian_frobenius
 from ..types import PolicyView
 from .aids import Aids
@@ -209,7 +210,7 @@ class Feedback(Origin):
         if not training:
             return
         if self.aids.opening:
-            self.opening_step = self.opening_step + 1
+            self.opening_step = ordinary(self.opening_step + 1)
         if self.last is not None:
             self.gate.observe(self.last.steps[self.last.open])
 

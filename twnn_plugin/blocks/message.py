@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +147,7 @@ class Message(nn.Module):
             return _resize_norm(math.prod(here), there[0], False)
         here = here if len(here) == 2 else (here[0], 1)
         pooled = here[0] > there[0] or here[1] > there[1]
-        return math.prod(_resize_norm(h, t, pooled) for h, t in zip(here, there, strict=True))
+        return _resize_norm(here[0], there[0], pooled) * _resize_norm(here[1], there[1], pooled)
 
     def scaled(self, value: Tensor, amount: Tensor) -> Tensor:
         """A message times ``amount``, (b,) or, channel by channel, (b, C)."""
@@ -180,23 +182,72 @@ class Message(nn.Module):
 
 def _positions(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """The sizes of an activation's axes but for batch and channels."""
-    if layout == "NCHW":
-        return shape[1:]
-    return () if layout == "NC" else shape[:-1]
+    sizes = () if layout == "NC" else shape[1:] if layout == "NCHW" else shape[:-1]
+    # A size that torch.compile holds for a symbol becomes the number that it is here.
+    return tuple([index(size) for size in sizes])
+
+
+@torch.compiler.assume_constant_result
+def _resize_norm(here: int, there: int, pooled: bool) -> float:
+    """The largest singular value of resizing one axis: in a compiled graph a constant."""
+    return _known_resize_norm(here, there, pooled)
 
 
 @lru_cache(maxsize=256)
-def _resize_norm(here: int, there: int, pooled: bool) -> float:
-    """The largest singular value of resizing one axis, by its matrix."""
+def _known_resize_norm(here: int, there: int, pooled: bool) -> float:
+    """The largest singular value of the resizing's matrix.
+
+    By numbers alone: where a program is traced, or under a default device without values, a tensor made here
+    has none to read.
+    """
     if here == there:
         return 1.0
-    eye = torch.eye(here, dtype=torch.float64)[:, None]
-    rows = (
-        F.adaptive_avg_pool1d(eye, there)
-        if pooled
-        else F.interpolate(eye, size=there, mode="linear", align_corners=False)
-    )
-    return float(torch.linalg.matrix_norm(rows[:, 0], 2)) * (1 + 1e-6)
+    rows = (_averages if pooled else _between)(here, there)
+    # Neighbours alone overlap: outputs where many positions become one, inputs where one becomes many. The
+    # products of these, whose largest eigenvalue is the square, make a matrix of three diagonals.
+    if pooled and here > there:
+        main = [sum(w * w for w in weights) for _, weights in rows]
+        side = [
+            weights[0] * after[0] * max(0, start + len(weights) - then)
+            for (start, weights), (then, after) in pairwise(rows)
+        ]
+    else:
+        main, side = [0.0] * here, [0.0] * (here - 1)
+        for start, weights in rows:
+            for place, w in enumerate(weights):
+                main[start + place] += w * w
+            if len(weights) == 2:
+                side[start] += weights[0] * weights[1]
+    return _largest_eigenvalue(main, side) ** 0.5 * (1 + 1e-6)
+
+
+def _averages(here: int, there: int) -> list[tuple[int, list[float]]]:
+    """Adaptive average pooling of an axis: for each output the first position and the weights from there."""
+    ends = [(i * here // there, -(-(i + 1) * here // there)) for i in range(there)]
+    return [(start, [1 / (end - start)] * (end - start)) for start, end in ends]
+
+
+def _between(here: int, there: int) -> list[tuple[int, list[float]]]:
+    """Linear interpolation of an axis, ``align_corners=False``, likewise."""
+    places = [max((i + 0.5) * here / there - 0.5, 0.0) for i in range(there)]
+    split = [(int(place), place - int(place)) for place in places]
+    return [(low, [1 - part, part] if low + 1 < here else [1.0]) for low, part in split]
+
+
+def _largest_eigenvalue(main: list[float], side: list[float]) -> float:
+    """Of a symmetric matrix with these diagonals, not below zero, by bisection (Golub & Van Loan, 8.4)."""
+    squares = [0.0, *(s * s for s in side)]
+    low, high = 0.0, max(main) + 2 * max(side, default=0.0)
+    for _ in range(60):
+        middle, pivot = (low + high) / 2, 1.0
+        for m, square in zip(main, squares, strict=True):
+            pivot = middle - m - square / pivot
+            if pivot <= 0:  # some eigenvalue is above
+                low = middle
+                break
+        else:
+            high = middle
+    return high
 
 
 def _resize(value: Tensor, grid: tuple[int, int]) -> Tensor:

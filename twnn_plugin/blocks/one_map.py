@@ -8,6 +8,7 @@ gradients would be wrong), and its random draws are those of one recorded pass, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AttachError
+from .companion import PerThread
 from .frozen import PRESENT, Frozen, Moments, Place
 from .moments import moments
 
@@ -32,6 +34,25 @@ _STEADY = frozenset(
     }
 )
 """Modules, of exactly these classes, that compute the same in training mode as in eval mode."""
+
+
+_HOOKS = threading.Lock()
+"""Held while normalisations are begun or ceased to be listened to."""
+
+
+class _Heard(PerThread):
+    """What one thread's pass was heard of.
+
+    Attributes:
+        found: the moments of each watched normalisation, call by call.
+        watching: whether a pass is watched.
+        repeating: whether a part of it is computed once more.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, list[Moments]] = {}
+        self.watching = False
+        self.repeating = False
 
 
 class OneMap:
@@ -52,9 +73,7 @@ class OneMap:
         self.hooks: list[RemovableHandle] = []
         self.inside: tuple[nn.Module, ...] = ()
         self.fickle: tuple[nn.Module, ...] = ()
-        self.found: dict[int, list[Moments]] = {}
-        self.watching = False
-        self.repeating = False
+        self.heard = _Heard()
         self.functional: bool | None = None
         self.counts = False
         self._look()
@@ -70,8 +89,11 @@ class OneMap:
 
     def listen(self) -> None:
         """Hear of each call of a normalisation, from now on."""
-        if not self.hooks:
-            self.hooks = [n.register_forward_pre_hook(self._watch, with_kwargs=True) for n in self.norms]
+        if self.hooks:
+            return
+        with _HOOKS:
+            if not self.hooks:
+                self.hooks = [n.register_forward_pre_hook(self._watch, with_kwargs=True) for n in self.norms]
 
     def deafen(self) -> None:
         """Hear of none: a hook costs something on every call, and a pass in eval mode has no use for any.
@@ -79,7 +101,8 @@ class OneMap:
         Whatever needs them calls :meth:`listen` itself: a watched pass, a replay that is held fixed, or a
         part of either that is computed again.
         """
-        hooks, self.hooks = self.hooks, []
+        with _HOOKS:
+            hooks, self.hooks = self.hooks, []
         for hook in hooks:
             hook.remove()
 
@@ -100,18 +123,24 @@ class OneMap:
                 return True
         return False
 
+    @property
+    def watching(self) -> bool:
+        """Whether a pass of this thread is watched."""
+        return self.heard.watching
+
     def untold(self) -> str | None:
         """The type of a normalisation by batches whose flag says otherwise; None: there is none."""
         return next((type(norm).__name__ for norm in self.norms if _by_batch(norm)), None)
 
     def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(norm, _BatchNorm)
-        if self.watching and _by_batch(norm):
+        heard = self.heard
+        if heard.watching and _by_batch(norm):
             # Here and not at the end of the pass, so that a part of it which is computed again in the
             # backward pass, to save memory, owns what the statistics keep.
             found = moments(norm, args[0] if args else kwargs["input"])
-            if not self.repeating:
-                self.found.setdefault(id(norm), []).append(found)
+            if not heard.repeating:
+                heard.found.setdefault(id(norm), []).append(found)
         for frozen in reversed(PRESENT.held):
             if id(norm) in frozen.statistics:
                 frozen.enter_layer(norm)
@@ -119,11 +148,11 @@ class OneMap:
 
     def open_loop(self, active: bool) -> None:
         """Start (or stop) to watch the open-loop pass."""
-        self.watching = active
+        self.heard.watching = active
         if active:
             self._look()
             self.listen()
-            self.found = {}
+            self.heard.found = {}
             PRESENT.watching.add(self)
         else:
             PRESENT.watching.discard(self)
@@ -132,19 +161,20 @@ class OneMap:
     def repeated(self) -> Iterator[None]:
         """Within this, a part of a watched pass is computed once more; nothing new is noted."""
         self.listen()
-        before = self.watching, self.repeating
-        self.watching = self.repeating = True
+        heard = self.heard
+        before = heard.watching, heard.repeating
+        heard.watching = heard.repeating = True
         try:
             yield
         finally:
-            self.watching, self.repeating = before
+            heard.watching, heard.repeating = before
 
     def needed(self, drew: bool) -> bool:
         """Whether replays must be intercepted.
 
         Where batch statistics were used, random numbers drawn, or something would count on, and once to see.
         """
-        seen = bool(self.found) or drew or self.counts
+        seen = bool(self.heard.found) or drew or self.counts
         return seen or self.functional is not False or bool(self.held())
 
     def statistics(self) -> dict[int, list[Moments]]:
@@ -152,7 +182,7 @@ class OneMap:
 
         Keyed by the identity of the layer.
         """
-        found, self.found = self.found, {}
+        found, self.heard.found = self.heard.found, {}
         return found
 
     def held(self) -> list[nn.Module]:
@@ -177,10 +207,6 @@ class OneMap:
             "statistics that are no BatchNorm's or InstanceNorm's?), so that iterating would count one batch "
             "many times. Choose another span, or put that module into eval mode."
         )
-
-    # Copies and pickles hold no activations.
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "found": {}, "watching": False, "repeating": False}
 
 
 def _by_batch(norm: _BatchNorm) -> bool:

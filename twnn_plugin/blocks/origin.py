@@ -75,5 +75,5 @@ def _decoded(name: Any) -> str | None:
 
 def _of_whole_model(span: str) -> str:
     """The span without what timm's wrappers make of its paths where features alone are wanted."""
-    ends = [end.removeprefix("model.").replace("_", ".") for end in span.split("->")]
-    return "->".join(ends)
+    ends = [end.removeprefix("model.").removeprefix("body.") for end in span.split("->")]
+    return "->".join(ends).replace("_", ".")

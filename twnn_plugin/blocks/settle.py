@@ -21,6 +21,7 @@ from .anchor import anchored
 from .choice import Part, Pending
 from .one_map import Frozen
 from .record import SpanRecord, per_row
+from .settings import SolveSettings
 
 __all__ = ["GroupReplay", "at_rest", "settle", "settle_and_send"]
 
@@ -52,9 +53,11 @@ def at_rest(parts: Sequence[Part], outs: Sequence[Tensor]) -> bool:
             return False
         found.append(probability)
     group = None
-    for part, probability in zip(parts, found, strict=True):
+    for part, out, probability in zip(parts, outs, found, strict=True):
         part.rested(probability, group)
         group = parts[0].span
+        if companion is not None:
+            companion.settled[part.span] = out.shape[0], None
     return True
 
 
@@ -66,6 +69,7 @@ def settle(
     constants: Sequence[Tensor] = (),
     frozen: Frozen | None = None,
     entry: Tensor | None = None,
+    settings: SolveSettings | None = None,
 ) -> tuple[Tensor, ...]:
     """The settled outputs of wormholes that are solved together.
 
@@ -81,6 +85,7 @@ def settle(
         constants: further (B, ...) inputs of the union, gathered with the rows.
         frozen: holds batch statistics and draws fixed; None if there are none.
         entry: (B, ...) the input of the union's first call; None: ``entries[0]``.
+        settings: how it is solved; None: as the first wormhole says.
 
     Returns:
         One tensor like each of ``outs``. Rows whose solve failed keep their open-loop value in eval mode. In
@@ -92,9 +97,9 @@ def settle(
 
     def solve(rows: int | None) -> tuple[Tensor, ...]:
         if rows is None:
-            return _Solve(parts, entries, outs, replay, tuple(constants), frozen, given).run()
+            return _Solve(parts, entries, outs, replay, tuple(constants), frozen, given, settings).run()
         e, o, c = ([t[:rows] for t in tensors] for tensors in (entries, outs, constants))
-        return _Solve(parts, e, o, replay, tuple(c), frozen, given[:rows]).run()
+        return _Solve(parts, e, o, replay, tuple(c), frozen, given[:rows], settings).run()
 
     companion = parts[0].companion
     return solve(None) if companion is None else companion.beside(outs, solve)
@@ -134,15 +139,19 @@ class _Solve(Alike, Reaching):
         constants: tuple[Tensor, ...],
         frozen: Frozen | None,
         entry: Tensor,
+        settings: SolveSettings | None = None,
     ):
         self.parts, self.outs, self.replay = tuple(parts), tuple(outs), replay
         self.constants, self.frozen = constants, frozen
         self.entry = entry
         self.sizes = [(e.shape[1:], e.dtype) for e in entries]
-        self.settings = parts[0].settings
+        self.settings = settings if settings is not None else parts[0].settings
         self.training = parts[0].training and torch.is_grad_enabled()
         self.choices = [part.choose(out) for part, out in zip(parts, outs, strict=True)]
         self.weights: list[Tensor] = []
+        self.fallback = torch.zeros_like(
+            self.choices[0].opened
+        )  # not read from a record, which is the last's
         probes = [c.new_zeros(1, *c.shape[1:]) for c in constants]
         for part, e, out in zip(parts, entries, outs, strict=True):
             part.shapes = (e.shape[1:], out.shape[1:], probes, self.entry.shape[1:])
@@ -295,12 +304,10 @@ class _Solve(Alike, Reaching):
 
     def sent(self, values: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...] | None, Tensor]:
         """What each message adds at the settled outputs, and (B,) bool: to which rows."""
-        record = self.parts[0].last
-        assert record is not None
-        rows = torch.zeros_like(record.fallback)
+        rows = torch.zeros_like(self.fallback)
         for choice in self.choices:
             rows = rows | choice.opened
-        rows = rows & ~record.fallback
+        rows = rows & ~self.fallback
         if not bool(rows.any()):
             return None, rows
         signals = []
@@ -349,6 +356,7 @@ class _Solve(Alike, Reaching):
         fallback = status != int(Status.converged)
         if self.training:
             fallback = torch.zeros_like(fallback) if replaced is None else replaced
+        self.fallback = fallback
         for place, (part, choice) in enumerate(zip(self.parts, self.choices, strict=True)):
             first = place == 0
             part.last = SpanRecord(
@@ -365,6 +373,8 @@ class _Solve(Alike, Reaching):
                 mode=part.mode,
                 solved=status.new_zeros(0) if solution is None else rows,
             )
+            if part.companion is not None:
+                part.companion.note(part.last)
             part.solved(self.training)
 
 

@@ -106,13 +106,18 @@ def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Callable[[int
 
     Raises:
         UnknownNameError: no such gate.
-        OptionError: that is no gate. From the function: an impossible option, a gate made for other channels,
-            or a gate, rather than the name of one, for a second wormhole.
+        OptionError: that is no gate, or its options have channels. From the function: an impossible option, a
+            gate made for other channels, or a gate, rather than the name of one, for a second wormhole.
     """
     gates.check_gate(gate)
     if isinstance(gate, Gate):
         return _once(gate)
     name, options = (gate, {}) if isinstance(gate, str) else gate
+    if "channels" in options:
+        raise OptionError(
+            f"A wormhole's gate has the channels of its source: leave channels out of gate {name!r}; "
+            f"got channels={options['channels']!r}."
+        )
     gates.registry.entry(name)  # an unknown name is said now, not in the middle of the construction
 
     def make(channels: int, outputs: int) -> Gate:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FollowsGate", "Gate", "GateOutput"]
+__all__ = ["FollowsGate", "Gate", "GateOutput", "ordinary"]
 
 
 class GateOutput(NamedTuple):
@@ -81,3 +81,12 @@ class Gate(nn.Module, ABC):
     def penalty(self) -> Tensor | None:
         """The gate's own part of the loss, a scalar, as of its last pass in training; None: it has none."""
         return None
+
+
+def ordinary(value: Tensor) -> Tensor:
+    """A value that a module may keep: no checkpoint can be loaded into a tensor made in inference mode."""
+    # What is being compiled cannot ask, and is not broken off for it: no one trains in inference mode.
+    if torch.compiler.is_compiling() or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()

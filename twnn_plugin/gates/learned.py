@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import OptionError, nearest
-from .base import Gate
+from .base import Gate, ordinary
 from .budget import Budget
 
 __all__ = ["LearnedGate", "largest"]
@@ -21,6 +21,8 @@ __all__ = ["LearnedGate", "largest"]
 _EFFORT = 10.0  # replays per open sample that are assumed until some were counted
 _INTEGRAL, _PROPORTIONAL = 0.005, 1.0  # gains of the dual variable, in units of its bound, per step
 _FLOOR = 0.05  # least slope of the budget's penalty, that of a sigmoid being 0.25 at most
+_HALF = (torch.float16, torch.bfloat16)
+_NUMBERS = ("threshold", "dual", "integral", "excess", "effort", "price")  # the buffers
 
 
 class LearnedGate(Gate):
@@ -39,7 +41,9 @@ class LearnedGate(Gate):
       and its gradient on the scores has a floor, so that it can neither blow up nor die out.
 
     Threshold, dual variable and what they follow are buffers: they are in the checkpoint, and
-    DistributedDataParallel gives all ranks those of the first, by whose samples they go.
+    DistributedDataParallel gives all ranks those of the first, by whose samples they go. They stay in float32
+    where the weights are cast to float16 or bfloat16, whose rounding is coarser than their steps; so do the
+    scores, the margins and what is made of them.
 
     Args:
         channels: features per sample.
@@ -112,18 +116,19 @@ class LearnedGate(Gate):
         self.excess: Tensor
         self.effort: Tensor
         self.price: Tensor
-        self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("dual", torch.zeros(()))  # of the last step
-        self.register_buffer("integral", torch.zeros(()))  # its slow part
-        self.register_buffer("excess", torch.zeros(()))  # running mean of open share minus wanted share
-        self.register_buffer("effort", torch.full((), _EFFORT))  # running mean of replays per open sample
-        self.register_buffer("price", torch.ones(()))  # of a replay, in passes of the plain network
+        zero = torch.zeros((), dtype=_fine(torch.get_default_dtype()))
+        self.register_buffer("threshold", zero)
+        self.register_buffer("dual", zero.clone())  # of the last step
+        self.register_buffer("integral", zero.clone())  # its slow part
+        self.register_buffer("excess", zero.clone())  # running mean of open share minus wanted share
+        self.register_buffer("effort", torch.full_like(zero, _EFFORT))  # running mean of replays if open
+        self.register_buffer("price", torch.ones_like(zero))  # of a replay, in passes of the plain network
         self._penalty: Tensor | None = None
         self._seen = _Seen()
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.threshold.dtype  # one look-up; all that the gate has is of one dtype
+        return _dtype_of(self.hidden, self.threshold)
 
     @property
     def scores(self) -> Tensor | None:
@@ -202,7 +207,22 @@ class LearnedGate(Gate):
 
     def observe(self, steps: Tensor) -> None:
         if steps.numel() and self._budget is not None:
-            self.effort = self.effort + self.momentum * (steps.float().mean().to(self.effort) - self.effort)
+            step = steps.float().mean().to(self.effort) - self.effort
+            self.put("effort", self.effort + self.momentum * step)
+
+    def put(self, name: str, value: float | Tensor) -> None:
+        """Give one of the gate's buffers a new value.
+
+        Not in place: graphs still need the old one, and who may have to put it back has kept it. In inference
+        mode, too, the new one is an ordinary tensor, which can be loaded into and trained with later.
+
+        Args:
+            name: of the buffer, such as ``"threshold"``.
+            value: a number or a tensor of one; taken over in the buffer's dtype and on its device.
+        """
+        old: Tensor = getattr(self, name)
+        new = value.to(old) if isinstance(value, Tensor) else torch.full_like(old, value)
+        setattr(self, name, ordinary(new))
 
     def penalty(self) -> Tensor | None:
         return self._penalty
@@ -226,11 +246,12 @@ class LearnedGate(Gate):
     def glance(self, features: Tensor) -> Callable[[], Tensor] | None:
         if self.training or not self.by_margin or not features.numel():
             return None
-        threshold = self.threshold
-        given = features if features.dtype == threshold.dtype else features.to(threshold.dtype)
+        threshold, first = self.threshold, self.hidden
+        dtype = _dtype_of(first, threshold)
+        given = features if features.dtype == dtype else features.to(dtype)
         # By forward, since the machinery of a module's call takes longer than what these two compute.
-        hidden = self.hidden.forward(F.layer_norm(given, given.shape[1:]))
-        score = self.score.forward(torch.relu(hidden))
+        hidden = torch.relu(first.forward(F.layer_norm(given, given.shape[1:])))
+        score = self.score.forward(hidden) if dtype == threshold.dtype else self._fine_score(hidden)
         above = score - threshold
         if not (above if above.numel() == 1 else above.amax()).item() <= 0:  # nor is NaN
             return None
@@ -251,7 +272,14 @@ class LearnedGate(Gate):
     def _scored(self, features: Tensor) -> Tensor:
         """(B, 1) or, per channel, (B, C) scores."""
         normal = F.layer_norm(features, features.shape[1:])
-        return self.score(torch.relu(self.hidden(normal)))
+        hidden = torch.relu(self.hidden(normal))
+        return self.score(hidden) if hidden.dtype == self.threshold.dtype else self._fine_score(hidden)
+
+    def _fine_score(self, hidden: Tensor) -> Tensor:
+        """The scores in the threshold's dtype: in that of half weights, many round to the same number."""
+        weight, bias = self.score.weight, self.score.bias
+        dtype = self.threshold.dtype
+        return F.linear(hidden.to(dtype), weight.to(dtype), bias.to(dtype))
 
     def _each(self, score: Tensor) -> Tensor:
         """(B,) of (B, 1); (B, C) as it is."""
@@ -270,22 +298,37 @@ class LearnedGate(Gate):
         target = torch.quantile(score.float(), 1 - (self.wanted() or 0.0))
         # A NaN sample must not reach the threshold, which all samples share.
         step = torch.nan_to_num(target - self.threshold, nan=0.0, posinf=0.0, neginf=0.0)
-        # Out of place: the graph of this step still needs the old value.
-        self.threshold = self.threshold + self.momentum * step.to(self.threshold.dtype)
+        self.put("threshold", self.threshold + self.momentum * step.to(self.threshold.dtype))
 
     def _press(self, margin: Tensor) -> None:
         """Bring the dual variable up to date, and make the penalty of this step."""
         wanted = self.wanted() or 0.0
         with torch.no_grad():
             error = (margin > 0).to(self.excess.dtype).mean() - wanted
-            self.excess = self.excess + self.momentum * (error - self.excess)
+            self.put("excess", self.excess + self.momentum * (error - self.excess))
             bound = self.dual_bound
             # Clamping the integral is the anti-windup: at the bound it takes in no more of the same sign.
-            self.integral = (self.integral + bound * _INTEGRAL * error).clamp(-bound, bound)
-            self.dual = (self.integral + bound * _PROPORTIONAL * self.excess).clamp(-bound, bound)
+            self.put("integral", (self.integral + bound * _INTEGRAL * error).clamp(-bound, bound))
+            self.put("dual", (self.integral + bound * _PROPORTIONAL * self.excess).clamp(-bound, bound))
         # The slope of a sigmoid dies out far from the threshold: some of the way is straight.
         reach = torch.sigmoid(margin) + _FLOOR * (margin - margin.detach())
         self._penalty = self.dual.to(margin.dtype) * (torch.nan_to_num(reach).mean() - wanted)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedGate:
+        before = {name: buffer for name in _NUMBERS if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new: Tensor = getattr(self, name)
+            if new.dtype != _fine(new.dtype):  # made again from the old one, which has not been rounded
+                self._buffers[name] = old.to(new.device, _fine(new.dtype))
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in _NUMBERS:  # with assign=True, buffers have the dtype of the checkpoint's
+            value = self._buffers.get(name)
+            if value is not None:
+                self._buffers[name] = value.to(_fine(value.dtype))
 
     # Copies and pickles hold no activations.
     def __getstate__(self) -> dict[str, Any]:
@@ -297,6 +340,18 @@ class _Seen:
     """Of the last pass, in a place that takes less time to write to than a module."""
 
     score: Tensor | None = None  # (B, 1) or (B, C), without a graph
+
+
+def _dtype_of(layer: nn.Linear, threshold: Tensor) -> torch.dtype:
+    """What a layer computes in, beside a threshold: both have one dtype, but where the weights are half."""
+    weight = layer._parameters.get("weight")  # a fifth of the time that the attribute takes
+    kept = getattr(layer.weight if weight is None else weight, "dtype", None)  # quantised layers have none
+    return kept if kept in _HALF else threshold.dtype
+
+
+def _fine(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a gate's buffers beside weights of a dtype: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def largest(rows: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class Engine:
             return "cuda_graphs"
         if control.scale is not None or torch.is_grad_enabled() or transforms.active():
             return "derivatives are recorded"
-        if any(span.open_loop is not None for span in self._spans):
+        if any(span.group.busy() for span in self._spans):
             return "inside another wormhole's span"
         return ""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.given import check_flag
 from ..errors import OptionError
 from ..trees import rebuild
 from .engine import Engine
@@ -81,6 +82,8 @@ def stream(
                 f"stream takes a model in eval mode; {where} is in training mode, where batches have "
                 "statistics and draws of their own. Call model.eval() first."
             )
+    check_flag("batched", batched)
+    check_flag("records", records)
     if batch_size is not None or not batched:
         _check_whole("batch_size", batch_size)
     _check_whole("in_flight", in_flight)

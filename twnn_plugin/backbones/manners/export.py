@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +15,38 @@ from ...blocks import Feedback, GroupReplay, SpanRecord
 from ...blocks.choice import Choice
 from ...blocks.one_map import Frozen
 from ...blocks.record import per_row
+from ...blocks.settle import settle
 from ...errors import AttachError, OptionError
+from ...solvers import Control, Outcome, Problem, WholeSolver
 from ...types import Status
 from ..span import settling, spans
 
 __all__ = ["Steps", "Unrolled", "export", "unrolled"]
+
+
+@dataclass(frozen=True)
+class _Exactly(WholeSolver):
+    """A fixed number of iterations, as a solver: for training, where all that a solve does is wanted.
+
+    Args:
+        steps: iterations.
+        damping: 1 is the plain iteration.
+    """
+
+    steps: int
+    damping: float
+
+    def solve(self, problem: Problem, z: Tensor, control: Control) -> Outcome:
+        """Solve from (B, D) states; converged are the rows that the last step moved by at most ``tol``."""
+        before = new = z
+        for _ in range(self.steps):
+            before, new = z, problem.evaluate(z)
+            z = before + self.damping * (new - before)
+        residual = _moved(before, new)
+        status = torch.where(residual <= control.tol, int(Status.converged), int(Status.max_iter))
+        finite = torch.isfinite(z.detach()).all(dim=1)
+        status = torch.where(finite, status, int(Status.non_finite))
+        return Outcome(z, status, torch.full_like(status, self.steps), residual)
 
 
 class Steps:
@@ -26,7 +54,8 @@ class Steps:
 
     Takes the place of :func:`twnn_plugin.blocks.settle`, records included. The gate is a mask: rows of closed
     wormholes are computed and then replaced by their open-loop value, and so are rows that became NaN or
-    infinite.
+    infinite. In training, with gradients, it is a solve like any other, by these iterations and
+    differentiated through them: gates learn, penalties and the closed head have what they need.
 
     Args:
         steps: iterations.
@@ -35,6 +64,7 @@ class Steps:
 
     def __init__(self, steps: int, damping: float):
         self.steps, self.damping = steps, damping
+        self.solver = _Exactly(steps, damping)
 
     def __call__(
         self,
@@ -46,6 +76,9 @@ class Steps:
         frozen: Frozen | None = None,
         entry: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        if parts[0].training and torch.is_grad_enabled():
+            settings = parts[0].settings.changed(solver=self.solver, adjoint="unrolled")
+            return settle(parts, entries, outs, replay, constants, frozen, entry, settings)
         choices = [part.choose(out) for part, out in zip(parts, outs, strict=True)]
         weights = [part.message.weight() for part in parts]
         start = entries[0] if entry is None else entry
@@ -92,6 +125,8 @@ class Steps:
                 group=None if place == 0 else parts[0].span,
                 mode=part.mode,
             )
+            if part.companion is not None:
+                part.companion.note(part.last)
 
 
 def _aligned(rows: Tensor, value: Tensor) -> Tensor:
@@ -132,6 +167,10 @@ def unrolled(model: nn.Module, steps: int = 5, damping: float = 1.0) -> Unrolled
     are used, so that closed rows are the plain network to the bit. As the steps grow, the outputs tend
     to the solved ones wherever the plain (damped) iteration converges; nothing looks whether it does, so
     compare with :func:`twnn_plugin.report` of the solved model first.
+
+    In train mode it trains as the model does (gates, ``opening``, ``budget``, ``jacobian``, the closed
+    head), with the gradients of the iterations. Closed rows are then not iterated, and a compiled graph is
+    left for it, as it is for a solve.
 
     Args:
         model: a model with wormholes; it stays usable as it is, and shares its weights.

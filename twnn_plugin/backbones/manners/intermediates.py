@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks import Feedback, GroupReplay
+from ...blocks.companion import PerThread
 from ...blocks.one_map import Frozen
 from ...blocks.settle import settle_and_send
 from ...errors import AttachError
@@ -73,6 +74,13 @@ class _Heard:
     output: Any
 
 
+class _Thread(PerThread):
+    """Whether this is the thread whose pass is remembered."""
+
+    def __init__(self) -> None:
+        self.own = False
+
+
 @dataclass
 class _Memory:
     """The calls of a pass.
@@ -89,7 +97,15 @@ class _Memory:
     fresh: dict[nn.Module, Any] = field(default_factory=dict)
     note: dict[nn.Module, Any] | None = None
 
-    def _hear(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def __post_init__(self) -> None:
+        self.thread = _Thread()
+        self.thread.own = True
+
+    def _hear(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        # Another thread's pass has a memory of its own. Of a hook that was removed while that pass was
+        # halted, torch no longer knows that it takes kwargs.
+        if not self.thread.own:
+            return
         if self.note is not None:
             self.note[module] = output
         elif not any(group.replaying for group in self.groups):
@@ -117,17 +133,18 @@ class _Memory:
         """Within this, modules return what is remembered instead of computing it."""
         ahead = iter(self.calls)
         spanned = {module for group in self.groups for module in group.program.modules()}
-        kept = [(node, vars(node).get("forward")) for node in nodes]
-        try:
-            for node in nodes:
-                setattr(node, "forward", _Answer(node, vars(node).get("forward"), self, ahead, spanned))  # noqa: B010
-            yield
-        finally:
-            for node, own in kept:
-                if own is None:
-                    delattr(node, "forward")
-                else:
-                    setattr(node, "forward", own)  # noqa: B010
+        with self.groups[0].turns.mine():
+            kept = [(node, vars(node).get("forward")) for node in nodes]
+            try:
+                for node, own in kept:
+                    setattr(node, "forward", _Answer(node, own, self, ahead, spanned))  # noqa: B010
+                yield
+            finally:
+                for node, own in kept:
+                    if own is None:
+                        delattr(node, "forward")
+                    else:
+                        setattr(node, "forward", own)  # noqa: B010
 
 
 @dataclass
@@ -141,6 +158,8 @@ class _Answer:
     spanned: set[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.memory.thread.own:
+            return self._computed(*args, **kwargs)
         heard = next(self.ahead, None)
         if heard is None or heard.module is not self.module:
             raise AttachError(
@@ -153,6 +172,9 @@ class _Answer:
         ):
             return heard.output
         # A normalisation that is applied to each activation that is gathered, say.
+        return self._computed(*args, **kwargs)
+
+    def _computed(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.own or type(self.module).forward.__get__(self.module)
         return forward(*args, **kwargs)
 
