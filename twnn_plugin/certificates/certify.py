@@ -12,7 +12,7 @@ from ..errors import OptionError, nearest
 from ..solvers.measure import EPS, measure
 from ..types import Solution, State, Status
 from .gradient import Cotangent, GradientError, amplification, gradient_error_of
-from .linear import Jacobian, check_generator, solve_shifted
+from .linear import Jacobian, check_generator
 from .spectrum import Estimate, lipschitz_of, radius_of
 
 __all__ = ["Certificate", "certify"]
@@ -27,9 +27,12 @@ class Certificate:
     Attributes:
         residual: measured anew, ``||f(z) - z||`` as ``stop`` and ``norm`` say.
         radius: spectral radius of df/dz.
-        lipschitz: largest singular value of df/dz.
+        lipschitz: largest singular value of df/dz; of a state of several parts that with each part in units
+            of its rms, so that it does not depend on what they are measured in.
         state_error: ``||(I - J)^-1 (f(z) - z)||``, an estimate of ``||z - z*||`` in l2, absolute.
-        state_bound: ``||f(z) - z|| / (1 - lipschitz)`` in l2, inf where lipschitz >= 1.
+        state_bound: ``||f(z) - z|| / (1 - lipschitz)`` in l2, inf where lipschitz >= 1; of several parts
+            that in their units, times the largest of them. Both say little about a part whose numbers are
+            small beside another's.
         gradient: the estimated relative error of the implicit gradient, see
             :class:`~twnn_plugin.certificates.GradientError`.
         warnings: sentences; empty if there is nothing to worry about.
@@ -109,11 +112,12 @@ def certify(
     else:
         change = size = r.new_zeros(r.shape[0])
     residual = change / (size + EPS) if stop == "rel" else change
-    radius = radius_of(jacobian.pull, jacobian.z.detach(), iterations, 1e-3, generator)
-    lipschitz = lipschitz_of(jacobian, iterations, 1e-3, generator)
-    length = torch.linalg.vector_norm(r, dim=1)
+    like, push, pull = jacobian.z.detach(), jacobian.push_in_units, jacobian.pull_in_units
+    radius = radius_of(pull, like, iterations, 1e-3, generator)
+    lipschitz = lipschitz_of(push, pull, like, iterations, 1e-3, generator)
+    length = _length(jacobian, r)
     bound = torch.where(lipschitz.value < 1, length / (1 - lipschitz.value), float("inf"))
-    step = solve_shifted(jacobian.push, r, iterations)
+    step = jacobian.solve(r, iterations)
     report = solution.adjoint
     gradient = gradient_error_of(
         f,
@@ -129,6 +133,14 @@ def certify(
     warnings = _warnings(solution, residual, radius, lipschitz, gradient)
     error = torch.linalg.vector_norm(step, dim=1)
     return Certificate(residual, radius, lipschitz, error, bound, gradient, warnings)
+
+
+def _length(jacobian: Jacobian, r: Tensor) -> Tensor:
+    """(B,) the l2 norm of residuals; where a state has parts, that of the longest row as long in units."""
+    length = torch.linalg.vector_norm(jacobian.per_unit(r), dim=1)
+    if jacobian.units is None or not r.shape[1]:
+        return length
+    return length * jacobian.units.amax(dim=1)
 
 
 def _warnings(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import MapError, OptionError
 from ..state import Layout
 from ..types import Solution, State
-from .linear import Jacobian, check_generator, outside_inference, probe, solve_shifted
+from .linear import Jacobian, check_generator, outside_inference, probe
 from .spectrum import lipschitz_of, radius_of
 
 __all__ = ["Cotangent", "GradientError", "amplification", "gradient_error", "gradient_error_of"]
@@ -55,7 +55,8 @@ def gradient_error(
 
     A backward residual ``rho = J^T u + g - u`` costs ``||(I - J^T)^-1|| ||rho||`` at most, so
     ``adjoint = a ||rho|| / ||u||`` with a as in :func:`amplification`: a bound on the error of u
-    where the local Lipschitz constant is below 1, otherwise an estimate.
+    where the local Lipschitz constant is below 1, otherwise an estimate. Where a state has parts, all of
+    this is in units of the rms of each part (a cotangent's unit is the inverse), as the backward solve is.
 
     The gradient of shared weights is ``sum_i (df_i/dweights)^T u_i``, worked out at both ends as well. Its
     adjoint part takes the errors of the rows as independent of each other.
@@ -69,9 +70,10 @@ def gradient_error(
         solution: what ``fix`` returned, or a state.
         *context: as given to ``fix``.
         cotangent: dL/dz as a state, or a function that makes the loss from a state; ``None``: a random
-            direction.
-        adjoint_residual: (B,) or a number, the backward residual relative to ``||g||``; ``None``: that
-            of ``solution.adjoint``, and zero if no backward solve has run.
+            direction, in which all parts of a state count alike.
+        adjoint_residual: (B,) or a number, the backward residual relative to ``||g||``, for a state of
+            several parts with each times its rms; ``None``: that of ``solution.adjoint``, and zero if no
+            backward solve has run.
         iterations: of each linear solve and spectral estimate, at most; >= 1.
         generator: of random directions; ``None``: a fixed seed.
 
@@ -88,13 +90,14 @@ def gradient_error(
     state = solution.value if isinstance(solution, Solution) else solution
     jacobian = Jacobian(f, state, context)
     like = jacobian.z.detach()
-    lipschitz = lipschitz_of(jacobian, iterations, 1e-3, generator).value
-    radius = radius_of(jacobian.pull, like, iterations, 1e-3, generator).value
+    push, pull = jacobian.push_in_units, jacobian.pull_in_units
+    lipschitz = lipschitz_of(push, pull, like, iterations, 1e-3, generator).value
+    radius = radius_of(pull, like, iterations, 1e-3, generator).value
     if adjoint_residual is None:
         report = solution.adjoint if isinstance(solution, Solution) else None
         adjoint_residual = 0.0 if report is None else report.residual.detach()
     factor = amplification(lipschitz, radius)
-    step = solve_shifted(jacobian.push, jacobian.residual, iterations)
+    step = jacobian.solve(jacobian.residual, iterations)
     return gradient_error_of(f, jacobian, step, factor, cotangent, adjoint_residual, iterations, generator)
 
 
@@ -102,7 +105,8 @@ def amplification(lipschitz: Tensor, radius: Tensor) -> Tensor:
     """(B,) what ``(I - J)^-1`` makes of a residual, at most.
 
     ``1 / (1 - L)`` where the Lipschitz constant L is below 1 (Neumann series, a bound on the norm), else
-    ``1 / (1 - radius)`` (exact for a normal J, otherwise an estimate), and inf where that is no help.
+    ``1 / (1 - radius)`` (exact for a normal J, otherwise an estimate), and inf where that is no help. The
+    norm and the constant are those of the same units.
     """
     rate = torch.where(lipschitz < 1, lipschitz, radius)
     inverse = 1 / (1 - rate)
@@ -119,27 +123,31 @@ def gradient_error_of(
     iterations: int,
     generator: torch.Generator | None,
 ) -> GradientError:
-    """:func:`gradient_error` with a Jacobian, the Newton step and the amplification at hand."""
+    """:func:`gradient_error` with a Jacobian, the Newton step and the amplification in units at hand."""
     layout, z = jacobian.layout, jacobian.z.detach()
     moved = Jacobian(f, z + step, jacobian.context, layout)
-    g = _cotangent(cotangent, layout, z, generator)
-    g_moved = _cotangent(cotangent, layout, z + step, generator)
-    u = solve_shifted(jacobian.pull, g, iterations)
+    if cotangent is None:
+        g = g_moved = jacobian.per_unit(probe(z, None if generator is None else generator.clone_state()))
+    else:
+        g, g_moved = (_cotangent(cotangent, layout, end) for end in (z, z + step))
+    u = jacobian.solve_transposed(g, iterations)
     # From u on, so that what GMRES leaves over is the same at both ends and cancels.
-    u_moved = u + solve_shifted(moved.pull, moved.pull(u) + g_moved - u, iterations)
+    u_moved = u + moved.solve_transposed(moved.pull(u) + g_moved - u, iterations)
     before, after = jacobian.pull_context(u), moved.pull_context(u_moved)
     if before is None or after is None:
-        before, after = u, u_moved
+        before, after = jacobian.times_unit(u), jacobian.times_unit(u_moved)
     state = _ratio(_norm(after - before), _norm(after))
+    # The backward residual is told in these units, and so is the amplification.
+    size_g, size = _norm(jacobian.times_unit(g)), _norm(jacobian.times_unit(u))
     residual = _per_row(adjoint_residual, z)
     share = torch.where(residual == 0, 0.0, residual * factor)  # 0 * inf is no error
-    adjoint = torch.where(u.isfinite().all(dim=1), _ratio(share * _norm(g), _norm(u)), float("nan"))
+    adjoint = torch.where(u.isfinite().all(dim=1), _ratio(share * size_g, size), float("nan"))
     weights = _weights(f, layout, (z, z + step), jacobian.context, (u, u_moved))
     if weights is None:
         weights = z.new_zeros(())
     else:
         sound = adjoint.isfinite() & u.isfinite().all(dim=1)
-        size = torch.where(sound, _norm(u), 0.0)
+        size = torch.where(sound, size, 0.0)
         spread = _ratio(_total(torch.where(sound, adjoint, 0.0) * size), _total(size))
         weights = weights + torch.where(adjoint.isinf().any(), float("inf"), spread)
     return GradientError(state, adjoint, state + adjoint, weights)
@@ -161,11 +169,7 @@ def _per_row(residual: Tensor | float, like: Tensor) -> Tensor:
     return tensor.to(like.dtype).expand(like.shape[0])
 
 
-def _cotangent(
-    given: Cotangent | None, layout: Layout, z: Tensor, generator: torch.Generator | None
-) -> Tensor:
-    if given is None:
-        return probe(z, None if generator is None else generator.clone_state())
+def _cotangent(given: Cotangent, layout: Layout, z: Tensor) -> Tensor:
     if not callable(given) or isinstance(given, Tensor):
         return layout.match(given, z, "The cotangent").detach()
     with torch.inference_mode(False), torch.enable_grad():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adjoints.linear import units_of
 from ..errors import MapError, OptionError
 from ..solvers.base import check_place
 from ..state import Layout, check_dense
@@ -39,6 +40,13 @@ class Jacobian:
     ``f`` is evaluated once, with a graph that all products reuse. ``J v`` is taken by two reverse
     passes (the pull-back is linear in its cotangent; its derivative is J), so that ``f`` needs no
     forward-mode formulas.
+
+    Where a state has parts, each has a unit of its own, the rms of its entries in that row: norms and Krylov
+    spaces over the plain row would see the part with the largest numbers only, and in float32 round the
+    others away. In these units J is ``J[i, j] * unit[j] / unit[i]``, whose eigenvalues are the same.
+
+    Attributes:
+        units: (B, D) the unit of each entry, as the backward solve takes them; None for a state of one part.
 
     Args:
         f: ``f(z, *context)``, rows independent.
@@ -71,6 +79,7 @@ class Jacobian:
             self.context = [c.requires_grad_(c.is_floating_point()) for c in given]
             self.z = outside_inference(matrix).detach().requires_grad_()
             self.fz = evaluated(f, layout, self.z, self.context)
+            self.units = units_of(self.z.detach(), layout.sizes)
         self._push: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -99,6 +108,30 @@ class Jacobian:
                 self._push = w, self._grad(self.fz, [self.z], w, create_graph=True)[0]
         w, pulled = self._push
         return self._grad(pulled, [w], v)[0].detach()
+
+    def per_unit(self, v: Tensor) -> Tensor:
+        """States and tangents (B, D) as multiples of their units; cotangents back from it."""
+        return v if self.units is None else v / self.units
+
+    def times_unit(self, u: Tensor) -> Tensor:
+        """Cotangents (B, D), whose unit is the inverse, in the units; states and tangents back from it."""
+        return u if self.units is None else self.units * u
+
+    def pull_in_units(self, u: Tensor) -> Tensor:
+        """:meth:`pull` of a (B, D) matrix of cotangents in the units."""
+        return self.times_unit(self.pull(self.per_unit(u)))
+
+    def push_in_units(self, v: Tensor) -> Tensor:
+        """:meth:`push` of a (B, D) matrix of tangents in the units."""
+        return self.per_unit(self.push(self.times_unit(v)))
+
+    def solve(self, r: Tensor, steps: int) -> Tensor:
+        """``(I - J)^-1 r`` for (B, D) tangents, by at most ``steps`` products; see :func:`solve_shifted`."""
+        return self.times_unit(solve_shifted(self.push_in_units, self.per_unit(r), steps))
+
+    def solve_transposed(self, g: Tensor, steps: int) -> Tensor:
+        """``(I - J^T)^-1 g`` for (B, D) cotangents, by at most ``steps`` products."""
+        return self.per_unit(solve_shifted(self.pull_in_units, self.times_unit(g), steps))
 
     @staticmethod
     def _grad(

@@ -56,7 +56,8 @@ def spectral_radius(
     its asymptotic rate. Taken from the Ritz values of Arnoldi's method (Saad 2011, section 6.2), so
     a complex pair is seen as such: a rotation by any angle, scaled by 0.9, gives 0.9. Power iteration
     on the Rayleigh quotient gives 0.9 times the cosine of the angle. Where many eigenvalues share the
-    largest modulus the estimate comes from below, and ``error`` stays large.
+    largest modulus the estimate comes from below, and ``error`` stays large. The units of a state's parts
+    make no difference: they are worked with as multiples of their rms in ``z``.
 
     Args:
         f: ``f(z, *context)``, rows independent.
@@ -75,7 +76,7 @@ def spectral_radius(
     """
     _check(iterations, tol, generator)
     jacobian = Jacobian(f, z, context)
-    return radius_of(jacobian.pull, jacobian.z.detach(), iterations, tol, generator)
+    return radius_of(jacobian.pull_in_units, jacobian.z.detach(), iterations, tol, generator)
 
 
 def contraction_rate(
@@ -94,6 +95,9 @@ def contraction_rate(
     ``J^T J``, by Lanczos' method with full orthogonalisation: it comes from below, so add ``error``
     to be on the safe side. For the rate at which a solve did converge see :func:`observed_rate`.
 
+    A property of the norm, too: of a state whose parts have different units it is that of the plain row, and
+    changes with the units. :func:`~twnn_plugin.certify` has it with every part in units of its rms.
+
     Args:
         f: as in :func:`spectral_radius`; must be twice differentiable in reverse mode.
         z: as in :func:`spectral_radius`.
@@ -111,7 +115,7 @@ def contraction_rate(
     """
     _check(iterations, tol, generator)
     jacobian = Jacobian(f, z, context)
-    return lipschitz_of(jacobian, iterations, tol, generator)
+    return lipschitz_of(jacobian.push, jacobian.pull, jacobian.z.detach(), iterations, tol, generator)
 
 
 def observed_rate(residual: Tensor) -> Tensor:
@@ -158,14 +162,16 @@ def radius_of(
 
 
 def lipschitz_of(
-    jacobian: Jacobian, iterations: int, tol: float, generator: torch.Generator | None
+    push: Product,
+    pull: Product,
+    like: Tensor,
+    iterations: int,
+    tol: float,
+    generator: torch.Generator | None,
 ) -> Estimate:
-    """:func:`contraction_rate` of a Jacobian at hand."""
-    like = jacobian.z.detach()
+    """:func:`contraction_rate` of an operator on (B, D) matrices shaped as ``like``, and its transpose."""
     # An error of e in the square of a figure is one of e / 2 in the figure, both relative.
-    square, error, spent = _largest(
-        lambda v: jacobian.pull(jacobian.push(v)), like, iterations, 2 * tol, generator
-    )
+    square, error, spent = _largest(lambda v: pull(push(v)), like, iterations, 2 * tol, generator)
     root = square.sqrt()
     return Estimate(root.to(like), ((square + error).sqrt() - root).to(like), 2 * spent)
 

@@ -39,7 +39,7 @@ class Newton(NamedTuple):
     age: Tensor  # (b,) int: directions taken, or, at a trial, steps refused
     plain: Tensor  # (b,) int: plain steps still to be made before the first Newton step
     turn: Tensor  # (b,) int: iterates from which a step was refused
-    eps: Tensor  # (b,) relative rounding error of f
+    eps: Tensor  # (b,) relative rounding error of f at the iterate
     d: Tensor  # (b, D) the step so far
     s: Tensor  # (b, D) inner residual r - (I - J) d
     v: Tensor  # (b, D) the next direction
@@ -134,6 +134,9 @@ class NewtonSteps(StepSolver):
         arrived, refused = ~probing & good, trying & ~good
         state = self._extend(state, z, r, probing)
         state = _shorten(state, size, refused)
+        # Of the products of a linear equation the rounding error is known: they do not show it in any units.
+        coarse = max(self.control.coarse, getattr(problem, "eps", 0.0))
+        state = state._replace(eps=torch.where(arrived, _rounding(fz.detach(), coarse), state.eps))
         state = self._move(state, z, fz, r, size, arrived)
         return self._next(state)
 
@@ -180,7 +183,6 @@ class NewtonSteps(StepSolver):
         """Rows that arrived at a new iterate start anew from there."""
         method, column = self.method, arrived[:, None]
         first = torch.isinf(state.size)
-        eps = torch.where(first, _rounding(fz.detach()), state.eps)
         ratio = size / torch.where(first | (state.size == 0), size, state.size)
         eta = 0.9 * ratio**2
         floor = 0.9 * state.eta**2  # it must not fall faster than the method converges
@@ -189,7 +191,7 @@ class NewtonSteps(StepSolver):
         control = replace(self.control, scale=state.scale)
         change, magnitude = measure(r.detach(), fz.detach(), control.norm, control.parts)
         enough = 0.5 * threshold(magnitude, control) / torch.where(change > 0, change, 1.0)
-        eta = torch.maximum(torch.maximum(eta, enough), 4 * eps.sqrt()).clamp(max=method.forcing)
+        eta = torch.maximum(torch.maximum(eta, enough), 4 * state.eps.sqrt()).clamp(max=method.forcing)
         return state._replace(
             z=torch.where(column, z, state.z),
             r=torch.where(column, r, state.r),
@@ -199,7 +201,6 @@ class NewtonSteps(StepSolver):
             eta=torch.where(arrived, eta, state.eta),
             reached=torch.where(arrived, 1.0, state.reached),
             age=torch.where(arrived, 0, state.age),
-            eps=eps,
             d=torch.where(column, 0.0, state.d),
             s=torch.where(column, r, state.s),
             v=torch.where(column, r, state.v),
@@ -236,10 +237,22 @@ def _shorten(state: Newton, size: Tensor, refused: Tensor) -> Newton:
     )
 
 
-def _rounding(fz: Tensor) -> Tensor:
-    """(b,) relative rounding error of ``f``, read off its values: half precision shows in them."""
-    out = fz.new_full((fz.shape[0],), torch.finfo(fz.dtype).eps)
-    for dtype in (torch.float16, torch.bfloat16):
-        coarse = (fz.to(dtype).to(fz.dtype) == fz).all(dim=1)
-        out = torch.where(coarse, torch.finfo(dtype).eps, out)
+def _rounding(fz: Tensor, coarse: float) -> Tensor:
+    """(b,) relative rounding error of ``f``, read off its values: lower precision shows in them.
+
+    A difference must stand out from the rounding of every part of the state, so the coarsest counts.
+
+    Args:
+        fz: (b, D) values of ``f``.
+        coarse: the rounding error that is known of; 0: none is.
+    """
+    out = fz.new_full((fz.shape[0],), max(torch.finfo(fz.dtype).eps, coarse))
+    fits = {dtype: fz.to(dtype).to(fz.dtype) == fz for dtype in (torch.float16, torch.bfloat16)}
+    if fz.dtype is torch.float64:
+        # Parts in float32 lie beside others, and of which width is not known here. A number that needs the
+        # digits of float32 and no more tells of them; zeros, ones and such need fewer, and tell nothing.
+        single = (fz.float().double() == fz) & ~fits[torch.bfloat16]
+        out = torch.where(single.any(dim=1), out.clamp_min(torch.finfo(torch.float32).eps), out)
+    for dtype, fit in fits.items():
+        out = torch.where(fit.all(dim=1), out.clamp_min(torch.finfo(dtype).eps), out)
     return out
