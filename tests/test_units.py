@@ -332,3 +332,38 @@ def test_numbers_that_happen_to_be_exact_do_not_make_a_state_coarse():
         assert bool(solution.converged.all())
         counts.append(solution.evaluations)
     assert counts[1] <= 1.3 * counts[0], counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_penalty_on_the_radius_is_the_same_in_other_units(scale, dtype):
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) * 0.2
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def penalty(scale):
+        w = weight.to(dtype).requires_grad_()
+
+        def f(z, x):
+            out = torch.tanh(torch.cat([z[0], z[1] / scale], dim=1) @ w + x)
+            return out[:, :4], scale * out[:, 4:]
+
+        zero = torch.zeros(3, 4, dtype=dtype)
+        solution = tw.fix(f, (zero, zero), x, tol=1e-6, max_iter=200, solver="picard")
+        z = tuple(part.detach() for part in solution.value)
+        options = {"measure": "radius", "iterations": 8, "generator": torch.Generator().manual_seed(0)}
+        found = tw.spectral_penalty(f, z, x, **options)
+        return found.detach(), torch.autograd.grad(found, w)[0]
+
+    expected, found = penalty(1.0), penalty(scale)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_radius_of_attention_whose_fused_kernels_are_differentiated_once():
+    def f(z):
+        return 0.5 * torch.nn.functional.scaled_dot_product_attention(z, z, z)
+
+    z = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        jacobians = [torch.func.jacrev(lambda row: f(row[None])[0])(row).reshape(12, 12) for row in z]
+    expected = torch.stack([torch.linalg.eigvals(j).abs().amax() for j in jacobians])
+    torch.testing.assert_close(tw.spectral_radius(f, z).value, expected, rtol=1e-3, atol=1e-4)

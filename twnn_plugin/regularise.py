@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .certificates.linear import (
     Jacobian,
@@ -17,6 +14,7 @@ from .certificates.linear import (
     check_generator,
     evaluated,
     outside_inference,
+    plain_attention,
     probe,
 )
 from .certificates.spectrum import dominant
@@ -145,8 +143,7 @@ def spectral_penalty(
     flat, fz = _attached(f, z, context, through_solution=False)
     if flat.numel() == 0:
         return _reduce(flat.new_zeros(flat.shape[0]), reduction)
-    with _plain_attention():
-        jacobian = Jacobian(f, z, context)
+    jacobian = Jacobian(f, z, context)
     figure = _singular_value if measure == "lipschitz" else _eigenvalue
     s = figure(jacobian, flat, fz, min(iterations, flat.shape[1]), generator)
     return _reduce((s - target).clamp_min(0).square(), reduction)
@@ -171,8 +168,9 @@ def _eigenvalue(
     jacobian: Jacobian, flat: Tensor, fz: Tensor, steps: int, generator: torch.Generator | None
 ) -> Tensor:
     """(B,) the largest modulus of an eigenvalue, with a graph."""
-    right = Krylov(jacobian.push, probe(flat, generator), steps)
-    left = Krylov(jacobian.pull, probe(flat, generator), steps)
+    # In units, which leave the eigenvalues: parts of another size would be rounded away.
+    right = Krylov(jacobian.push_in_units, probe(flat, generator), steps)
+    left = Krylov(jacobian.pull_in_units, probe(flat, generator), steps)
     right.grow(steps)
     left.grow(steps)
     value, coefficients, broken = dominant(right)
@@ -189,8 +187,9 @@ def _eigenvalue(
     value = value.to(flat.device)
     turn = value.conj() / value.abs().clamp_min(1e-300) / inner
     x_c = x_c * turn[:, None]
-    pulled = _pull(fz, flat, x_c.real.to(flat)), _pull(fz, flat, x_c.imag.to(flat))
-    slope = (pulled[0] * y_c.real.to(flat) - pulled[1] * y_c.imag.to(flat)).sum(dim=1)
+    x = [jacobian.per_unit(part.to(flat)) for part in (x_c.real, x_c.imag)]
+    y = [jacobian.times_unit(part.to(flat)) for part in (y_c.real, y_c.imag)]
+    slope = (_pull(fz, flat, x[0]) * y[0] - _pull(fz, flat, x[1]) * y[1]).sum(dim=1)
     return value.abs().to(flat) + (slope - slope.detach())
 
 
@@ -204,13 +203,8 @@ def _attached(
         flat, context = outside_inference(flat), tuple(outside_inference(c) for c in context)
         if not through_solution or not flat.requires_grad:
             flat = flat.detach().requires_grad_()
-        with _plain_attention():
+        with plain_attention():
             return flat, evaluated(f, layout, flat, context)
-
-
-def _plain_attention() -> AbstractContextManager[Any]:
-    """Within this, attention is made of operations that can be differentiated twice, unlike fused kernels."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _pull(fz: Tensor, flat: Tensor, u: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ __all__ = ["Unrolled"]
 class Unrolled(Adjoint):
     """Backpropagation through every iteration that was made.
 
-    The exact derivative of the computed state (not of the fixed point: for that, the solve must have
-    converged tightly). Memory grows with the iterations. Derivatives of any order work, and the
-    starting state gets a gradient.
+    The exact derivative of the computed state, not of the fixed point: plain steps tend to that as the
+    tolerance falls, those of an accelerated solver need not. Memory grows with the iterations. Derivatives of
+    any order work, and the starting state gets a gradient.
     """
 
     exact: ClassVar[bool] = False

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..adjoints.linear import units_of
 from ..errors import MapError, OptionError
@@ -24,6 +26,7 @@ __all__ = [
     "check_generator",
     "evaluated",
     "outside_inference",
+    "plain_attention",
     "probe",
     "solve_shifted",
 ]
@@ -78,7 +81,8 @@ class Jacobian:
             given = [outside_inference(c).detach() for c in context]
             self.context = [c.requires_grad_(c.is_floating_point()) for c in given]
             self.z = outside_inference(matrix).detach().requires_grad_()
-            self.fz = evaluated(f, layout, self.z, self.context)
+            with plain_attention():  # J v is a second derivative
+                self.fz = evaluated(f, layout, self.z, self.context)
             self.units = units_of(self.z.detach(), layout.sizes)
         self._push: tuple[Tensor, Tensor] | None = None
 
@@ -149,6 +153,11 @@ class Jacobian:
                 allow_unused=True,
                 materialize_grads=True,
             )
+
+
+def plain_attention() -> AbstractContextManager[Any]:
+    """Within this, attention is made of operations that can be differentiated twice, unlike fused kernels."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def outside_inference(tensor: Tensor) -> Tensor:

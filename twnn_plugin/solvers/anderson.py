@@ -22,7 +22,7 @@ _BLUR = 4.0  # or than this many ulps of the state, whose rounding is in every r
 class _Slot(NamedTuple):
     """One difference that is kept."""
 
-    q: Tensor  # (b, D) the residual difference, orthonormal to the others'
+    q: Tensor  # (b, D) the residual difference in units, orthonormal to the others'
     p: Tensor  # (b, D) the difference of f that goes with it
     gamma: Tensor  # (b,) the component of the last residual along q
     weight: Tensor | None  # (b,) 1, or 0 in rows that started anew since; None: no row did
@@ -45,10 +45,11 @@ class _History(NamedTuple):
     constants: _Constants
     step: int  # counted up to the first accelerated step
     fz: Tensor | None  # (b, D) the last f(z)
-    r: Tensor | None  # (b, D) the last residual
+    r: Tensor | None  # (b, D) the last residual, in units
     best: Tensor | None  # (b,) the smallest ||r|| so far
     blur: Tensor | None  # (b,) what rounding of the state makes of a difference of residuals
     slots: tuple[_Slot, ...]  # oldest first
+    units: Tensor | None = None  # (b, D) what residuals are multiples of; None: of 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,13 @@ class Anderson(StepSolver):
         if not is_number(self.damping) or not 0 < self.damping <= 1:
             raise OptionError(f"Option damping of solver 'anderson' must be in (0, 1]; got {self.damping!r}.")
 
+    def in_parts(self, parts: tuple[int, ...]) -> Anderson:
+        return _OfParts(self.memory, self.damping, self.start, parts)
+
+    def units(self, fz: Tensor) -> Tensor | None:
+        """(b, D) what the residuals are taken as multiples of, from values of ``f``; None: they are as is."""
+        return None
+
     def init(self, z: Tensor) -> _History:
         return _History(_Constants.like(z.detach()), 0, None, None, None, None, ())
 
@@ -86,14 +94,18 @@ class Anderson(StepSolver):
         plain = fz if self.damping == 1 else torch.add(z, r, alpha=self.damping)
         if state.step < self.start:
             newest = state.step + 1 == self.start  # the first difference needs only the last pair
-            pair = (fz, r) if newest else (None, None)
-            return plain, _History(state.constants, state.step + 1, *pair, None, None, ())
+            units = self.units(fz) if newest else None
+            pair = (fz, _per_unit(r, units)) if newest else (None, None)
+            return plain, _History(state.constants, state.step + 1, *pair, None, None, (), units)
+        units = self.units(fz) if state.r is None else state.units
+        r = _per_unit(r, units)
         norm = torch.linalg.vector_norm(r, dim=1)
         blur = state.blur
         if blur is None:
-            blur = torch.linalg.vector_norm(fz.detach(), dim=1) * (_BLUR * torch.finfo(fz.dtype).eps)
+            size = torch.linalg.vector_norm(_per_unit(fz.detach(), units), dim=1)
+            blur = size * (_BLUR * torch.finfo(fz.dtype).eps)
         if state.r is None:  # start=0: nothing to take a difference with yet
-            return plain, _History(state.constants, state.step, fz, r, norm, blur, ())
+            return plain, _History(state.constants, state.step, fz, r, norm, blur, (), units)
         best = norm if state.best is None else torch.minimum(norm, state.best)
         slots = self._extend(state, fz, r, norm, best, blur)
         own = free_to_write(r)
@@ -101,8 +113,9 @@ class Anderson(StepSolver):
         for slot in slots:
             z_next = _subtract(z_next, slot.p, slot.gamma, own and z_next is not plain)
             if self.damping != 1:  # p holds differences of f; damping takes its share of q's back
-                z_next = torch.addcmul(z_next, slot.q, slot.gamma[:, None], value=1 - self.damping)
-        return z_next, _History(state.constants, state.step, fz, r, best, blur, slots)
+                q = slot.q if units is None else slot.q * units
+                z_next = torch.addcmul(z_next, q, slot.gamma[:, None], value=1 - self.damping)
+        return z_next, _History(state.constants, state.step, fz, r, best, blur, slots, units)
 
     def _extend(
         self, state: _History, fz: Tensor, r: Tensor, norm: Tensor, best: Tensor, blur: Tensor
@@ -144,6 +157,41 @@ class Anderson(StepSolver):
             size = to_unit(dr, rest, usable)[:, None]
             q, p = dr * size, df * size
         return (*slots, _Slot(q, p, torch.linalg.vecdot(q, r), keep))
+
+
+@dataclass(frozen=True)
+class _OfParts(Anderson):
+    """:class:`Anderson` for states of several parts: inner products weigh each part by its size.
+
+    Over the plain row the part with the largest numbers would decide alone. If it has few entries, the others
+    are left to directions that hardly differ in it: many more steps, and a derivative of them that has
+    nothing to do with the solution's.
+
+    The units are powers of two near the rms of ``f(z)`` before the first acceleration, row by row: no digit
+    is lost, parts of like size stay the whole that they are, and the derivative of the steps has no part that
+    comes from them (almost everywhere).
+
+    Args:
+        memory: as for :class:`Anderson`.
+        damping: as for :class:`Anderson`.
+        start: as for :class:`Anderson`.
+        parts: their widths.
+    """
+
+    parts: tuple[int, ...] = ()
+
+    def units(self, fz: Tensor) -> Tensor:
+        units = []
+        for part in fz.detach().split(list(self.parts), dim=1):
+            size = torch.linalg.vector_norm(part, dim=1, keepdim=True) / part.shape[1] ** 0.5
+            size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
+            unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
+            units.append(unit.expand_as(part))
+        return torch.cat(units, dim=1)
+
+
+def _per_unit(x: Tensor, units: Tensor | None) -> Tensor:
+    return x if units is None else x / units
 
 
 def _subtract(x: Tensor, direction: Tensor, length: Tensor, own: bool) -> Tensor:

@@ -170,6 +170,10 @@ class StepSolver(Solver):
         """
         return None
 
+    def in_parts(self, parts: tuple[int, ...]) -> StepSolver:
+        """The method for states of several parts, of the given widths, that may differ in units and size."""
+        return self
+
     @abstractmethod
     def step(self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next iterate.

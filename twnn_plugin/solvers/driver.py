@@ -38,6 +38,8 @@ def solve(solver: Solver, problem: Problem, z: Tensor, control: Control) -> Outc
     if z.shape[0] == 0 or z.shape[1] == 0:
         empty = torch.zeros(z.shape[0], device=z.device)
         return Outcome(z, empty.long(), empty.long(), empty)
+    if control.parts and isinstance(solver, StepSolver) and not control.coupled:
+        solver = solver.in_parts(control.parts)
     host = hosting.current()
     if host is not None:
         return host.solve(solver, problem, z, control, _solve)
