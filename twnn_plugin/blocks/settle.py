@@ -149,9 +149,8 @@ class _Solve(Alike, Reaching):
         self.training = parts[0].training and torch.is_grad_enabled()
         self.choices = [part.choose(out) for part, out in zip(parts, outs, strict=True)]
         self.weights: list[Tensor] = []
-        self.fallback = torch.zeros_like(
-            self.choices[0].opened
-        )  # not read from a record, which is the last's
+        # Kept here: the records are those of whichever pass came last.
+        self.fallback = torch.zeros_like(self.choices[0].opened)
         probes = [c.new_zeros(1, *c.shape[1:]) for c in constants]
         for part, e, out in zip(parts, entries, outs, strict=True):
             part.shapes = (e.shape[1:], out.shape[1:], probes, self.entry.shape[1:])
