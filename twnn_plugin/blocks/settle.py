@@ -358,7 +358,7 @@ class _Solve(Alike, Reaching):
         self.fallback = fallback
         for place, (part, choice) in enumerate(zip(self.parts, self.choices, strict=True)):
             first = place == 0
-            part.last = SpanRecord(
+            record = part.last = SpanRecord(
                 part.span,
                 per_row(choice.amount.detach()),
                 per_row(choice.probability.detach()),
@@ -373,7 +373,7 @@ class _Solve(Alike, Reaching):
                 solved=status.new_zeros(0) if solution is None else rows,
             )
             if part.companion is not None:
-                part.companion.note(part.last)
+                part.companion.note(record)  # part.last may be another thread's by now
             part.solved(self.training)
 
 

@@ -113,7 +113,7 @@ class Steps:
         status = torch.where(residual <= parts[0].settings.tol, int(Status.converged), int(Status.max_iter))
         status = torch.where(finite, status, int(Status.non_finite))
         for place, (part, choice) in enumerate(zip(parts, choices, strict=True)):
-            part.last = SpanRecord(
+            record = part.last = SpanRecord(
                 part.span,
                 per_row(choice.amount.detach()),
                 per_row(choice.probability.detach()),
@@ -126,7 +126,7 @@ class Steps:
                 mode=part.mode,
             )
             if part.companion is not None:
-                part.companion.note(part.last)
+                part.companion.note(record)  # part.last may be another thread's by now
 
 
 def _aligned(rows: Tensor, value: Tensor) -> Tensor:
