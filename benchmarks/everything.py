@@ -57,21 +57,10 @@ def run_all(
         BenchError: the settings are not for all of them, or not those of the run to be resumed.
         Interrupted: on Ctrl-C.
     """
-    if settings.only:
-        raise BenchError("--only chooses among the cells of one benchmark: say which, in place of 'all'.")
-    if settings.device != "cpu":
-        raise BenchError("'all' runs on the CPU. For a GPU there is 'gpu', in one run.")
-    if settings.quick and settings.full:
-        raise BenchError("--full does not go with --quick: leave one of them away.")
-    if settings.quick and out is None and resume is None:
-        raise BenchError("A --quick run is no evidence and does not go into results/: say --out FOLDER.")
+    _check(settings, out, resume)
     names = [name for name in sorted(REGISTRY) if name not in _APART]
     if out is not None:
-        for file, words in ((RESULT, "a result"), (JOURNAL, "an interrupted run")):
-            taken = [name for name in names if (out / name / file).exists()]
-            if taken:
-                raise BenchError(f"{out} already holds {words} of {', '.join(taken)}. Choose another --out.")
-        require_place(out)
+        _require_free(out, names)
     begun = [] if resume is None else _begun(names, resume, settings)
     place = resume or out
     table = Table("benchmark", "seconds", "cells", "failed", "what went wrong")
@@ -102,6 +91,27 @@ def run_all(
         table.add_row(name, f"{time.perf_counter() - begin:.0f}", *row)
     console.print(table)
     return failed
+
+
+def _check(settings: Settings, out: Path | None, resume: Path | None) -> None:
+    """Raise where the settings are not for all benchmarks."""
+    if settings.only:
+        raise BenchError("--only chooses among the cells of one benchmark: say which, in place of 'all'.")
+    if settings.device != "cpu":
+        raise BenchError("'all' runs on the CPU. For a GPU there is 'gpu', in one run.")
+    if settings.quick and settings.full:
+        raise BenchError("--full does not go with --quick: leave one of them away.")
+    if settings.quick and out is None and resume is None:
+        raise BenchError("A --quick run is no evidence and does not go into results/: say --out FOLDER.")
+
+
+def _require_free(out: Path, names: list[str]) -> None:
+    """Raise where the folder holds a run of one of them already."""
+    for file, words in ((RESULT, "a result"), (JOURNAL, "an interrupted run")):
+        taken = [name for name in names if (out / name / file).exists()]
+        if taken:
+            raise BenchError(f"{out} already holds {words} of {', '.join(taken)}. Choose another --out.")
+    require_place(out)
 
 
 def _begun(names: list[str], folder: Path, settings: Settings) -> list[str]:

@@ -6,6 +6,7 @@ And that the hooks on them are those that were there, or such as do no harm.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -105,7 +106,7 @@ class Intact:
             )
 
 
-class _Watch:
+class _Watch(ABC):
     """Looks after the hooks of one module, before its calls or behind them.
 
     Args:
@@ -135,9 +136,9 @@ class _Watch:
             self.arrange()
         self.keys = [*self.hooks]
 
+    @abstractmethod
     def arrange(self) -> None:
         """Some have come."""
-        raise NotImplementedError
 
 
 class _InPlace(_Watch):
