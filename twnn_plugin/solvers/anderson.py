@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,13 @@ class _Constants:
         return _Constants(z.new_full((), _RESTART), z.new_full((), noise))
 
 
+class _Ages(NamedTuple):
+    """Rows that began at different times."""
+
+    steps: Tensor  # (b,) that each row has made
+    settling: int  # steps until the youngest is like the others
+
+
 class _History(NamedTuple):
     constants: _Constants
     step: int  # counted up to the first accelerated step
@@ -50,6 +58,7 @@ class _History(NamedTuple):
     blur: Tensor | None  # (b,) what rounding of the state makes of a difference of residuals
     slots: tuple[_Slot, ...]  # oldest first
     units: Tensor | None = None  # (b, D) what residuals are multiples of; None: of 1
+    ages: _Ages | None = None  # None: all rows are past their first accelerated step, or made ``step`` steps
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ class Anderson(StepSolver):
         self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _History
     ) -> tuple[Tensor, _History]:
         plain = fz if self.damping == 1 else torch.add(z, r, alpha=self.damping)
+        if state.ages is not None:
+            return self._step_of_ages(plain, fz, r, state, state.ages)
         if state.step < self.start:
             newest = state.step + 1 == self.start  # the first difference needs only the last pair
             units = self.units(fz) if newest else None
@@ -108,23 +119,80 @@ class Anderson(StepSolver):
             return plain, _History(state.constants, state.step, fz, r, norm, blur, (), units)
         best = norm if state.best is None else torch.minimum(norm, state.best)
         slots = self._extend(state, fz, r, norm, best, blur)
-        own = free_to_write(r)
+        z_next = self._corrected(plain, slots, units, free_to_write(r))
+        return z_next, _History(state.constants, state.step, fz, r, best, blur, slots, units)
+
+    def _corrected(self, plain: Tensor, slots: tuple[_Slot, ...], units: Tensor | None, own: bool) -> Tensor:
+        """The plain step without what the history knows of it."""
         z_next = plain
         for slot in slots:
             z_next = _subtract(z_next, slot.p, slot.gamma, own and z_next is not plain)
             if self.damping != 1:  # p holds differences of f; damping takes its share of q's back
                 q = slot.q if units is None else slot.q * units
                 z_next = torch.addcmul(z_next, q, slot.gamma[:, None], value=1 - self.damping)
-        return z_next, _History(state.constants, state.step, fz, r, best, blur, slots, units)
+        return z_next
+
+    def renew(self, state: _History, rows: Tensor, z: Tensor) -> _History:
+        """A history of zeros does nothing, so that rows of any age are stepped as one."""
+        best, blur, ages = state.best, state.blur, state.ages
+        if ages is None:
+            made = state.step if best is None else self.start + 1
+            steps = rows.new_full((len(z),), made)
+        else:
+            steps = ages.steps
+        return _History(
+            state.constants,
+            self.start,
+            # Not written to: f may have returned what is somebody else's.
+            torch.zeros_like(z) if state.fz is None else state.fz.index_fill(0, rows, 0),
+            torch.zeros_like(z) if state.r is None else _zeroed(state.r, rows),
+            z.new_full((len(z),), math.inf) if best is None else best.index_fill(0, rows, math.inf),
+            z.new_zeros(len(z)) if blur is None else blur,
+            tuple(
+                _Slot(_zeroed(slot.q, rows), _zeroed(slot.p, rows), _zeroed(slot.gamma, rows), slot.weight)
+                for slot in state.slots
+            ),
+            None if state.units is None else state.units.index_fill(0, rows, 1),
+            _Ages(steps.index_fill(0, rows, 0), self.start + 1),
+        )
+
+    def _step_of_ages(
+        self, plain: Tensor, fz: Tensor, r: Tensor, state: _History, ages: _Ages
+    ) -> tuple[Tensor, _History]:
+        """A step in which every row does what it would do at its age among rows of that age."""
+        assert state.best is not None and state.blur is not None
+        made = ages.steps
+        units = self.units(fz)
+        if units is not None and state.units is not None:
+            units = torch.where((made == max(self.start - 1, 0))[:, None], units, state.units)
+        r = _per_unit(r, units)
+        norm = torch.linalg.vector_norm(r, dim=1)
+        size = torch.linalg.vector_norm(_per_unit(fz.detach(), units), dim=1)
+        blur = torch.where(made == self.start, size * (_BLUR * torch.finfo(fz.dtype).eps), state.blur)
+        best = torch.where(made >= self.start, torch.minimum(norm, state.best), math.inf)
+        slots = self._extend(state, fz, r, norm, best, blur, mature=made >= max(self.start, 1))
+        settling = ages.settling - 1
+        older = _Ages(made + 1, settling) if settling else None
+        state = _History(state.constants, state.step, fz, r, best, blur, slots, units, older)
+        return self._corrected(plain, slots, units, free_to_write(r)), state
 
     def _extend(
-        self, state: _History, fz: Tensor, r: Tensor, norm: Tensor, best: Tensor, blur: Tensor
+        self,
+        state: _History,
+        fz: Tensor,
+        r: Tensor,
+        norm: Tensor,
+        best: Tensor,
+        blur: Tensor,
+        mature: Tensor | None = None,
     ) -> tuple[_Slot, ...]:
         """The history with the newest difference in it; rows whose residual has grown lose theirs.
 
         They lose it by weights on (b,) vectors: no vector of the history is written again, and the
         host need not know whether any row is concerned. Memory that nothing needs any more is written
         to: that of the last residual, and of a vector that leaves the history.
+
+        Rows that are not mature, (b,) bool, get a difference of zeros.
         """
         assert state.r is not None and state.fz is not None
         # Differences that span the whole space leave no residual, and say nothing of curvature.
@@ -150,6 +218,8 @@ class Anderson(StepSolver):
             norm = norm.detach()
         rest = torch.linalg.vector_norm(dr if own else dr.detach(), dim=1)
         usable = sound & (rest > torch.addcmul(blur, norm, state.constants.noise))
+        if mature is not None:
+            usable = usable & mature
         if own:
             inverse = (usable / torch.where(usable, rest, 1.0))[:, None]
             q, p = dr.mul_(inverse), df.mul_(inverse)
@@ -192,6 +262,11 @@ class _OfParts(Anderson):
 
 def _per_unit(x: Tensor, units: Tensor | None) -> Tensor:
     return x if units is None else x / units
+
+
+def _zeroed(x: Tensor, rows: Tensor) -> Tensor:
+    """``x`` with zeros in some rows, in place where nothing is recorded."""
+    return x.index_fill_(0, rows, 0) if free_to_write(x) else x.index_fill(0, rows, 0)
 
 
 def _subtract(x: Tensor, direction: Tensor, length: Tensor, own: bool) -> Tensor:

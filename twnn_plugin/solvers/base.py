@@ -170,6 +170,31 @@ class StepSolver(Solver):
         """
         return None
 
+    def renew(self, state: Any, rows: Tensor, z: Tensor) -> Any:
+        """The method's own state where some rows start anew, as :meth:`init` lets them, and the others go on.
+
+        Optional: without it, rows that join others in a stream are stepped apart from these until their
+        states have the same structure. A class that overrides ``init`` or ``step`` needs one of its own.
+
+        Args:
+            state: what ``init``, ``step`` or ``renew`` returned. What it holds of these rows means nothing,
+                and need not be finite.
+            rows: (n,) places in the batch.
+            z: (b, D) the iterates, with the starting states of these rows in their places.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no renew; see its property renews.")
+
+    @property
+    def renews(self) -> bool:
+        """Whether :meth:`renew` is there and belongs to this ``init`` and ``step``."""
+        order = type(self).__mro__
+        places = {
+            name: next(i for i, kind in enumerate(order) if name in vars(kind))
+            for name in ("init", "step", "renew")
+        }
+        renew = places.pop("renew")
+        return order[renew] is not StepSolver and renew <= min(places.values())
+
     def in_parts(self, parts: tuple[int, ...]) -> StepSolver:
         """The method for states of several parts, of the given widths, that may differ in units and size."""
         return self

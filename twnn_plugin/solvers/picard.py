@@ -33,5 +33,8 @@ class Picard(StepSolver):
         if not is_number(self.damping) or not 0 < self.damping <= 1:
             raise OptionError(f"Option damping of solver 'picard' must be in (0, 1]; got {self.damping!r}.")
 
+    def renew(self, state: Any, rows: Tensor, z: Tensor) -> Any:
+        return state
+
     def step(self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: Any) -> tuple[Tensor, Any]:
         return (fz if self.damping == 1 else torch.add(z, r, alpha=self.damping)), None

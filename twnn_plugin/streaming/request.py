@@ -1,8 +1,8 @@
-"""A solve that waits for its rows, and what is known of the rows that are being solved for."""
+"""A solve that waits for its rows, and what is written down of a row when it is done."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,12 +11,51 @@ from torch import Tensor
 
 from ..adjoints.equation import Equation
 from ..solvers.base import Control, Outcome, StepSolver
-from ..solvers.book import GROWTH, PATIENCE, stagnated
-from ..solvers.measure import Threshold, classify, measure, report_residual
+from ..solvers.measure import classify, report_residual
 from ..types import Status
 from .modes import Modes
 
-__all__ = ["Request", "Rows", "Verdict"]
+__all__ = ["Done", "Facts", "Request", "ending"]
+
+
+class Facts(NamedTuple):
+    """What is known of n rows that are done."""
+
+    measured: Tensor  # (3, n) change, size and bound, last measured
+    steps: Tensor  # (n,) evaluations
+    stalled: Tensor  # (n,) bool: done by stagnation, or by diverging
+    spent: Tensor  # (n,) bool: ran out of evaluations
+
+    def split(self, sizes: list[int]) -> list[Facts]:
+        """In pieces of these sizes."""
+        if len(sizes) == 1:
+            return [self]
+        columns = (column.split(sizes, dim=-1) for column in self)
+        return [Facts(*piece) for piece in zip(*columns, strict=True)]
+
+    def select(self, index: Tensor) -> Facts:
+        """Of some of them, in this order."""
+        return Facts(*(column.index_select(-1, index) for column in self))
+
+    @staticmethod
+    def joined(pieces: Sequence[Facts], order: Tensor) -> Facts:
+        """Those of all pieces, in an order."""
+        columns = zip(*pieces, strict=True)
+        return Facts(*(torch.cat(column, dim=-1).index_select(-1, order) for column in columns))
+
+
+class Done(NamedTuple):
+    """Rows of the active batch that are done."""
+
+    places: list[int]  # in the active batch
+    value: Tensor  # (n, D)
+    facts: Facts
+
+
+def ending(waited_for: Sequence[bool], goes_on: Sequence[bool]) -> list[int]:
+    """The places of rows that somebody waits for and that do not go on."""
+    pairs = zip(waited_for, goes_on, strict=True)
+    return [place for place, (waited, going) in enumerate(pairs) if waited and not going]
 
 
 @dataclass(eq=False)
@@ -42,104 +81,26 @@ class Request:
     number: int
     entered: int = 0
     missing: int = field(init=False)
-    _pieces: list[tuple[list[int], Tensor, Tensor]] = field(init=False, default_factory=list)
+    _pieces: list[tuple[list[int], Tensor, Facts]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.missing = self.z.shape[0]
 
-    def deliver(self, rows: list[int], value: Tensor, facts: Tensor) -> None:
-        """Take in finished rows: their places in the batch, (n, D) values and (n, 3) facts."""
+    def deliver(self, rows: list[int], value: Tensor, facts: Facts) -> None:
+        """Take in finished rows: their places in the batch, (n, D) values, and what is known of them."""
         self._pieces.append((rows, value, facts))
         self.missing -= len(rows)
 
     def outcome(self) -> Outcome:
         """The whole batch, in its order; every row must be done."""
         rows = [row for some, _, _ in self._pieces for row in some]
-        places = torch.tensor(rows, dtype=torch.long, device=self.z.device)
-        order = torch.argsort(places)
+        order = torch.argsort(torch.tensor(rows, dtype=torch.long, device=self.z.device))
         value = torch.cat([value for _, value, _ in self._pieces]).index_select(0, order)
-        facts = torch.cat([facts for _, _, facts in self._pieces]).index_select(0, order)
-        status, steps, residual = facts.unbind(1)
-        self.equation.evaluations += int(steps.sum())
-        return Outcome(value, status.long(), steps.long(), residual.contiguous())
-
-
-class Rows(NamedTuple):
-    """What is known of the b rows in the active batch."""
-
-    z: Tensor  # (b, D) the iterate; of a finished row, its value
-    alive: Tensor  # (b,) bool: not finished
-    age: Tensor  # (b,) evaluations while alive
-    measured: Tensor  # (b, 3) change, size and bound, last measured while alive
-    stalled: Tensor  # (b,) bool: finished by stagnation
-    spent: Tensor  # (b,) bool: ran out of evaluations
-    over: Tensor  # (b,) bool: the last change was beyond the limit
-    limit: Tensor  # (b,) changes from which on a row has diverged
-    earlier: Tensor  # (b,) change when stagnation was last looked for; NaN before
-
-    @staticmethod
-    def new(z: Tensor) -> Rows:
-        """Rows that start at ``z``."""
-        no = z.new_zeros(z.shape[0], dtype=torch.bool)
-        zero = z.new_zeros(z.shape[0])
-        return Rows(
-            z, ~no, no.long(), z.new_zeros(len(no), 3), no, no, no, zero, torch.full_like(zero, math.nan)
-        )
-
-    def look(self, fz: Tensor, r: Tensor, control: Control, threshold: Threshold) -> tuple[Rows, Verdict]:
-        """The rows with an evaluation measured, and who goes on.
-
-        The rules are those of :class:`~twnn_plugin.solvers.book.Book`, with a count of evaluations for every
-        row.
-        """
-        alive = self.alive
-        if control.seen is not None:
-            r = fz - control.seen.rounded(self.z)
-        change, size = measure(r, fz, control.norm, control.parts)
-        bound = threshold(size)
-        age = self.age + alive
-        limit = torch.where(age == 1, GROWTH * (change + size), self.limit)
-        low = change < limit  # false for NaN
-        over = (change < math.inf) ^ low
-        # An accelerated step may overshoot and the next plain one return: twice over is divergence.
-        going_on = alive & (change > bound) & (low | (over > self.over))
-        due = age % PATIENCE == 0
-        stuck = due & stagnated(change, self.earlier, size, control.coarse)
-        going_on = going_on & ~stuck
-        spent = going_on & (age >= control.max_iter)
-        broken = alive & ~torch.isfinite(change + bound)  # their value is what f returned
-        measured = torch.stack((change, size, bound.expand_as(change)), dim=1)
-        rows = Rows(
-            self.z,
-            going_on & ~spent,
-            age,
-            torch.where(alive[:, None], measured, self.measured),
-            self.stalled | (stuck & alive),
-            self.spent | spent,
-            over,
-            limit,
-            torch.where(due, change, self.earlier),
-        )
-        return rows, Verdict(rows.alive, broken | spent)
-
-    def facts(self, rows: Tensor, control: Control) -> Tensor:
-        """(n, 3) status, steps and residual of some rows."""
-        change, size, bound = self.measured.index_select(0, rows).unbind(1)
+        facts = Facts.joined([facts for _, _, facts in self._pieces], order)
+        change, size, bound = facts.measured.unbind()
         status = classify(change, bound)
-        stalled = self.stalled.index_select(0, rows) & (status == int(Status.diverged))
+        stalled = facts.stalled & (status == int(Status.diverged))
         status = torch.where(stalled, int(Status.stagnated), status)
-        status = torch.where(self.spent.index_select(0, rows), int(Status.max_iter), status)
-        steps, residual = self.age.index_select(0, rows), report_residual(change, size, control)
-        return torch.stack([status.to(change.dtype), steps.to(change.dtype), residual], dim=1)
-
-
-class Verdict(NamedTuple):
-    """What becomes of the rows after an evaluation, (b,) bool each."""
-
-    goes_on: Tensor
-    takes_f: Tensor  # of those that end: their value is f(z) rather than z
-
-    def values(self, z: Tensor, fz: Tensor, following: Tensor) -> Tensor:
-        """(b, D) the next iterate where a row goes on, its value where it ends."""
-        ended = torch.where(self.takes_f[:, None], fz, z)
-        return torch.where(self.goes_on[:, None], following, ended)
+        status = torch.where(facts.spent, int(Status.max_iter), status)
+        self.equation.evaluations += int(facts.steps.sum())
+        return Outcome(value, status, facts.steps, report_residual(change, size, self.control))
