@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -164,6 +165,115 @@ class LetsCoupledRowsGo(WholeSolver):
         return drive(Picard(), problem, z, replace(control, coupled=False))
 
 
+class LooksAtTheWholeState(WholeSolver):
+    """One norm over all tensors of a state, whatever their units."""
+
+    def solve(self, problem, z, control):
+        return drive(Picard(), problem, z, replace(control, parts=()))
+
+
+class FloorsTheTolerance(WholeSolver):
+    def solve(self, problem, z, control):
+        return drive(Picard(), problem, z, replace(control, tol=max(control.tol, 1e-9)))
+
+
+class Clamps(Plain):
+    """Takes states for those of a bounded activation."""
+
+    def step(self, problem, z, fz, r, state):
+        return fz.clamp(-100, 100), None
+
+
+class GivesUpEarly(WholeSolver):
+    def solve(self, problem, z, control):
+        return drive(Picard(), problem, z, replace(control, max_iter=(control.max_iter + 1) // 2))
+
+
+class TakesTheLastForTooLate(WholeSolver):
+    """What converges in the last evaluation is called out of evaluations."""
+
+    def solve(self, problem, z, control):
+        outcome = drive(Picard(), problem, z, control)
+        late = (outcome.steps == control.max_iter) & (outcome.status == int(Status.converged))
+        return replace(outcome, status=outcome.status.masked_fill(late, int(Status.max_iter)))
+
+
+class ReportsFloats(WholeSolver):
+    def solve(self, problem, z, control):
+        outcome = drive(Picard(), problem, z, control)
+        return replace(outcome, status=outcome.status.double(), steps=outcome.steps.double())
+
+
+class ShowsItsBuffer(WholeSolver):
+    """What the callback was shown is written over in the next step."""
+
+    def solve(self, problem, z, control):
+        buffers = {}
+
+        def show(seen):
+            buffer = buffers.setdefault(seen.value.shape, torch.empty_like(seen.value))
+            control.callback(replace(seen, value=buffer.copy_(seen.value)))
+
+        callback = None if control.callback is None else show
+        return drive(Picard(), problem, z, replace(control, callback=callback))
+
+
+class SwallowsErrors(WholeSolver):
+    def solve(self, problem, z, control):
+        try:
+            return drive(Picard(), problem, z, control)
+        except Exception:
+            status = torch.full((len(z),), int(Status.non_finite))
+            return Outcome(z.clone(), status, torch.ones_like(status), torch.full((len(z),), math.inf))
+
+
+class SeedsTheWorld(Plain):
+    def init(self, z):
+        torch.manual_seed(0)
+
+
+class SwitchesGradientsOff(WholeSolver):
+    def solve(self, problem, z, control):
+        torch.set_grad_enabled(False)
+        return drive(Picard(), problem, z, control)
+
+
+class KeepsTheProblem(WholeSolver):
+    def solve(self, problem, z, control):
+        self.last = problem
+        return drive(Picard(), problem, z, control)
+
+
+class LeavesAutocast(WholeSolver):
+    def solve(self, problem, z, control):
+        with torch.autocast("cpu", enabled=False):
+            return drive(Picard(), problem, z, control)
+
+
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, fz):
+        return z + 0.9 * (fz - z)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 0.1 * g.detach(), 0.9 * g.detach()
+
+
+class FirstOrderOnly(Plain):
+    """Its step has a backward that is no function for autograd, and does not say so."""
+
+    def step(self, problem, z, fz, r, state):
+        return _Averaged.apply(z, fz), None
+
+
+class IgnoresTheIncomingGradient(WholeSolver):
+    """Takes the residual relative to the state where the caller says what to."""
+
+    def solve(self, problem, z, control):
+        return drive(Picard(), problem, z, replace(control, scale=None))
+
+
 SOLVERS = {
     ClaimsConvergence: ("converged_means_converged", "throw"),
     HidesNonFinite: ("statuses",),
@@ -185,6 +295,20 @@ SOLVERS = {
     Remembers: ("deterministic",),
     AcceptsAnything: ("options",),
     LetsCoupledRowsGo: ("coupled_rows",),
+    LooksAtTheWholeState: ("every_part_settles", "structures"),
+    FloorsTheTolerance: ("tight_tolerances",),
+    Clamps: ("large_states",),
+    GivesUpEarly: ("budget_is_used",),
+    TakesTheLastForTooLate: ("budget_is_used",),
+    ReportsFloats: ("reports_are_integers",),
+    ShowsItsBuffer: ("what_the_callback_sees",),
+    SwallowsErrors: ("errors_pass",),
+    SeedsTheWorld: ("settings",),
+    SwitchesGradientsOff: ("settings",),
+    KeepsTheProblem: ("nothing_is_kept",),
+    LeavesAutocast: ("autocast_reaches_f",),
+    FirstOrderOnly: ("unrolled_second_derivative",),
+    IgnoresTheIncomingGradient: ("backward_tolerance",),
 }
 """Each broken solver with the checks that must find it."""
 
@@ -362,6 +486,104 @@ class TakesAnyTolerance(Adjoint):
         return call.solve()
 
 
+class ChoosesTheSolver(Hooked):
+    """Solves forward by plain iteration, whatever was asked for."""
+
+    def run(self, call, reports):
+        return super().run(replace(call, solver=Picard()), reports)
+
+
+class SolvesTightly(Hooked):
+    """Solves forward to its own tolerance."""
+
+    def run(self, call, reports):
+        return super().run(replace(call, control=replace(call.control, tol=1e-13)), reports)
+
+
+class KnowsItsLastCall(Hooked):
+    """The backward pass of every call looks at the newest one."""
+
+    def pull(self, fz, z, g, reports):
+        return super().pull(*self.last, g, reports)
+
+    def wanted(self, fz, z):
+        self.last = fz, z
+        return super().wanted(fz, z)
+
+
+class NormOfTheBatch(Hooked):
+    def small_enough(self, change, g):
+        return bool(change.norm() <= max(self.tol, 4 * torch.finfo(g.dtype).eps) * g.norm())
+
+
+class CastsContext(Hooked):
+    def run(self, call, reports):
+        return super().run(replace(call, context=tuple(c.to(call.z0.dtype) for c in call.context)), reports)
+
+
+class TakesTwiceForOnce(Hooked):
+    """Of a tensor that is context twice, one place gets its gradient."""
+
+    def run(self, call, reports):
+        seen, context = set(), []
+        for tensor in call.context:
+            context.append(tensor.detach() if id(tensor) in seen else tensor)
+            seen.add(id(tensor))
+        return super().run(replace(call, context=tuple(context)), reports)
+
+
+class FillsGrad(Hooked):
+    def pull(self, fz, z, g, reports):
+        u = super().pull(fz, z, g, reports)
+        with torch.enable_grad():
+            fz.backward(u, retain_graph=True)
+        return u
+
+
+class NeedsADenseGradient(Hooked):
+    def pull(self, fz, z, g, reports):
+        return super().pull(fz, z, g.view(-1).view(g.shape), reports)
+
+
+class DividesByTheGradient(Hooked):
+    def pull(self, fz, z, g, reports):
+        size = g.norm(dim=1, keepdim=True)
+        return super().pull(fz, z, g / size, reports) * size
+
+
+class CountsOneProduct(Hooked):
+    def report(self, reports, g, steps, residual):
+        super().report(reports, g, 1, residual)
+
+
+class ReportsBeforeItRan(Hooked):
+    def run(self, call, reports):
+        self.report(reports, call.z0, 1, torch.zeros(len(call.z0)))
+        return super().run(call, [])
+
+
+class MixesUpItsReport(Hooked):
+    tol = 1e-4
+
+    def report(self, reports, g, steps, residual):
+        super().report(reports, g, steps, residual.flip(0))
+
+
+class GivesTheGuessForAnError(Hooked):
+    def run(self, call, reports):
+        try:
+            return super().run(call, reports)
+        except Exception:
+            status = torch.full((len(call.z0),), int(Status.non_finite))
+            return Outcome(call.z0, status, status, torch.full((len(call.z0),), math.inf))
+
+
+class KeepsItsCalls(Hooked):
+    def run(self, call, reports):
+        self.call = call
+        return super().run(call, reports)
+
+
 ADJOINTS = {
     OneStepInDisguise: ("gradients", "converged_means_right"),
     AbsoluteTolerance: ("tolerance_is_relative",),
@@ -376,6 +598,20 @@ ADJOINTS = {
     GrowsGradients: ("gradient_dtypes",),
     LosesTheGraph: ("empty_and_single", "value"),
     TakesAnyTolerance: ("adjoint_options",),
+    ChoosesTheSolver: ("forward_solve",),
+    SolvesTightly: ("forward_solve",),
+    KnowsItsLastCall: ("calls_do_not_mix",),
+    NormOfTheBatch: ("tolerance_of_rows",),
+    CastsContext: ("contexts_of_any_kind",),
+    TakesTwiceForOnce: ("contexts_of_any_kind",),
+    FillsGrad: ("only_asked_gradients",),
+    NeedsADenseGradient: ("any_incoming_gradient",),
+    DividesByTheGradient: ("any_incoming_gradient",),
+    CountsOneProduct: ("counted_products",),
+    ReportsBeforeItRan: ("counted_products",),
+    MixesUpItsReport: ("reported_residuals",),
+    GivesTheGuessForAnError: ("errors_pass_through",),
+    KeepsItsCalls: ("nothing_stays_behind",),
     # Wrong without a word, as torchdeq's are:
     Hooked: ("second_derivatives", "third_derivatives", "gradient_penalty"),
 }

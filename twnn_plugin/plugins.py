@@ -6,6 +6,7 @@ broken costs a warning, never the import of the package.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -23,7 +24,7 @@ from .errors import DuplicateNameError, OptionError, PluginWarning, UnknownNameE
 from .hookspecs import PROJECT, Register
 from .observe import Listener
 from .registry import Entry, Registry
-from .solvers import linear
+from .solvers import linear, torchdeq_bridge
 
 __all__ = ["PluginHost", "failures", "load", "loaded", "register_plugin", "unregister_plugin"]
 
@@ -70,7 +71,15 @@ class PluginHost:
         """Each skipped plugin's name and the reason."""
         return dict(self._failures)
 
-    def add(self, plugin: object, name: str, owner: str, version: str = "", guard: bool = False) -> None:
+    def add(
+        self,
+        plugin: object,
+        name: str,
+        owner: str,
+        version: str = "",
+        guard: bool = False,
+        before: dict[str, dict[str, Entry]] | None = None,
+    ) -> None:
         """Load one plugin; if anything is wrong with it, raise and leave everything as it was.
 
         Args:
@@ -80,6 +89,8 @@ class PluginHost:
             version: of the distribution it comes from.
             guard: refuse ``replace=True`` for names owned by others than the built-ins, so that no
                 order of loading decides between two plugins.
+            before: the entries from before its module was imported, of each hook: what was registered since
+                is the plugin's, too. By default, those of now.
 
         Raises:
             DuplicateNameError: the plugin, its name or a name it registers is there already.
@@ -87,7 +98,7 @@ class PluginHost:
             TypeError: the object implements no hook.
         """
         with self._all_or_nothing():
-            before = self._entries()
+            before = self._entries() if before is None else before
             self._refuse_known(plugin, name)
             self._manager.register(plugin, name)
             self._check_hooks(plugin, name)
@@ -190,7 +201,8 @@ class PluginHost:
             owner, version = _distribution(point)
             try:
                 with self._all_or_nothing():
-                    self.add(point.load(), label, owner, version, guard=True)
+                    before = self._entries()
+                    self.add(point.load(), label, owner, version, guard=True, before=before)
             except (Exception, SystemExit) as error:
                 _log.debug("plugin %r failed to load", label, exc_info=error)
                 reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:") + "."
@@ -212,8 +224,8 @@ class PluginHost:
             ) from None
         if self._manager.has_plugin(name):
             raise DuplicateNameError(
-                f"A plugin {name!r} is already loaded (owner {self._loaded.get(name, name)!r}). "
-                "Give this one another name."
+                f"A plugin {name!r} is already loaded (owner {self._loaded.get(name, name)!r}). Give this "
+                f"one another name, or take that one out first: tw.unregister_plugin({name!r})."
             )
         if self._manager.is_registered(plugin):
             raise DuplicateNameError(
@@ -245,6 +257,14 @@ class PluginHost:
                 f"Plugin {name!r} implements an unknown hook {unknown!r}.{nearest(unknown, known)} "
                 f"The hooks: {', '.join(known)}.",
             ) from error
+        self._check_called(plugin, name, callers)
+
+    def _check_called(self, plugin: object, name: str, callers: list[pluggy.HookCaller]) -> None:
+        for caller in callers:
+            for hook in caller.get_hookimpls():
+                fault = _fault(hook) if hook.plugin is plugin else ""
+                if fault:
+                    raise pluggy.PluginValidationError(plugin, f"{caller.name!r} of plugin {name!r} {fault}")
 
     def _is_marked(self, plugin: object, attribute: str) -> bool:
         return self._manager.parse_hookimpl_opts(plugin, attribute) is not None
@@ -301,8 +321,34 @@ def _half_imported(point: metadata.EntryPoint) -> bool:
     )
 
 
+def _fault(hook: pluggy.HookImpl) -> str:
+    """What would keep a hook from doing anything when it is called; empty: nothing."""
+    function = hook.function
+    wraps = hook.hookwrapper or hook.wrapper
+    idle = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    if idle or (inspect.isgeneratorfunction(function) and not wraps):
+        return (
+            "is an async function or has a yield in it, so that calling it does nothing. Make it a plain "
+            "function."
+        )
+    try:
+        inspect.signature(function).bind(*hook.argnames)
+    except TypeError as error:
+        if isinstance(hook.plugin, type):
+            kind = hook.plugin.__name__
+            return f"is a method of the class {kind} itself, without a self: give an instance, {kind}()."
+        return f"cannot be called with {', '.join(hook.argnames) or 'no arguments'}: {error}."
+    return ""
+
+
 def _disabled_by_environment() -> bool:
     return os.environ.get(_DISABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def _announce(listeners: list[Listener]) -> None:
+    """What has to know when plugins come and go: who is told of solves, and torchdeq of new solvers."""
+    observe.set_listeners(listeners)
+    torchdeq_bridge.register_with_torchdeq()
 
 
 _host = PluginHost(
@@ -315,7 +361,7 @@ _host = PluginHost(
         "policies": policies.registry,
         "backbones": backbones.registry,
     },
-    announce=observe.set_listeners,
+    announce=_announce,
 )
 _looked_for_installed = False
 
@@ -351,10 +397,13 @@ def register_plugin(plugin: object, name: str | None = None) -> str:
     Raises:
         DuplicateNameError: the plugin, its name or a name it registers is there already.
         pluggy.PluginValidationError: a hook is misspelled or has a wrong signature.
+        OptionError: ``name`` is not a string.
         TypeError: the object implements no hook.
 
     Nothing stays behind of a plugin that fails.
     """
+    if name is not None and not isinstance(name, str):
+        raise OptionError(f"The name of a plugin must be a string; got {name!r:.40}.")
     chosen: str = name or getattr(plugin, "__name__", "") or type(plugin).__name__
     _host.add(plugin, chosen, owner=chosen)
     return chosen

@@ -52,6 +52,16 @@ def check_options(what: str, factory: Factory, options: Mapping[str, Any]) -> No
             )
 
 
+def _missing(factory: Factory, options: Mapping[str, Any]) -> list[str]:
+    """The options that a factory cannot do without and was not given."""
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [
+        name
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if parameter.kind in named and parameter.default is parameter.empty and name not in options
+    ]
+
+
 class Registry(Generic[T]):
     """Names of one kind (solvers, gates, ...), each with a factory and an owner.
 
@@ -138,10 +148,25 @@ class Registry(Generic[T]):
         self._entries = dict(entries)
 
     def make(self, name: str, /, **options: Any) -> T:
-        """Make the object registered as ``name`` with the given options."""
+        """Make the object registered as ``name`` with the given options.
+
+        Raises:
+            UnknownNameError: there is no such name.
+            OptionError: an option does not exist, or one that the factory needs is missing.
+            TypeError: the factory returned something else.
+        """
         factory = self.get(name)
         check_options(f"{self.kind.capitalize()} {name!r}", factory, options)
-        made = factory(**options)
+        try:
+            made = factory(**options)
+        except TypeError as error:
+            missing = _missing(factory, options)
+            if not missing:
+                raise
+            raise OptionError(
+                f"{self.kind.capitalize()} {name!r} (owner {self.owner(name)!r}) has options without a "
+                f"default, which must be given: {', '.join(missing)}."
+            ) from error
         if not isinstance(made, self.base):
             raise TypeError(
                 f"The factory of {self.kind} {name!r} (owner {self.owner(name)!r}) returned a "
@@ -155,7 +180,12 @@ class Registry(Generic[T]):
             return value
         if isinstance(value, str):
             return self.make(value)
+        article = "An" if self.kind[0] in "aeiou" else "A"
+        if isinstance(value, type) and issubclass(value, self.base):
+            got = f"a type, the class {value.__name__} itself: give an instance, {value.__name__}()"
+        else:
+            got = f"a {type(value).__name__}"
         raise OptionError(
-            f"A {self.kind} is given as a registered name, as tw.{self.kind}(name, ...), or as a "
-            f"{self.base.__name__}; got a {type(value).__name__}. Registered: {', '.join(self.names())}."
+            f"{article} {self.kind} is given as a registered name, as tw.{self.kind}(name, ...), or as a "
+            f"{self.base.__name__}; got {got}. Registered: {', '.join(self.names())}."
         )

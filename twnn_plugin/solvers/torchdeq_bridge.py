@@ -325,6 +325,14 @@ class _Traced:
         return info
 
 
+def _number(name: str, value: Any, kind: Callable[[Any], Any]) -> Any:
+    """An option that torchdeq hands on as it was given, where it also multiplies it by a factor."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise OptionError(f"{name} must be a finite number; got {value!r:.40}.") from None
+
+
 _depth = threading.local()
 _DEEPEST = 16  # solves inside each other; autograd changes threads at 60
 
@@ -371,7 +379,7 @@ class _Exported:
             max_iter: evaluations at most.
             tol: tolerance, row by row.
             stop_mode: ``"abs"`` or ``"rel"``.
-            indexing: steps, from 1, whose states are returned as well.
+            indexing: steps, from 1, whose states are returned as well; a sequence, array or tensor of them.
             **options: of the solver.
 
         Returns:
@@ -398,18 +406,19 @@ class _Exported:
         if stop_mode not in ("abs", "rel"):
             hint = nearest(str(stop_mode), ("abs", "rel"))
             raise OptionError(f"stop_mode must be 'abs' or 'rel'; got {stop_mode!r}.{hint}")
-        if int(max_iter) < 1:
+        max_iter, tol = _number("max_iter", max_iter, int), _number("tol", tol, float)
+        if max_iter < 1:
             raise OptionError(
                 f"max_iter must be at least 1; got {max_iter!r}. (torchdeq's 'sliced' core divides "
                 "f_max_iter by n_states: raise f_max_iter or lower n_states.)"
             )
-        if not float(tol) >= 0:
+        if not tol >= 0:
             raise OptionError(f"tol must not be negative or NaN; got {tol!r}.")
         solver = registry.make(self.name, **options)
         layout, start = Layout.of(x0, "x0")
-        wanted = list(indexing or ())
+        wanted = [int(step) for step in (() if indexing is None else indexing)]  # an array's items, too
         problem = _Traced(func, layout, start.shape[0], wanted)
-        control = Control(float(tol), int(max_iter), stop_mode, callback=problem.look)
+        control = Control(tol, max_iter, stop_mode, callback=problem.look)
         outcome = solve(solver, problem, start, control)
         if bool((outcome.status != int(Status.converged)).any()):
             warnings.warn(

@@ -20,7 +20,15 @@ from collections.abc import Callable, Mapping
 
 from ..adjoints import Adjoint
 from ..solvers import Solver
-from . import adjoint_gradients, adjoint_transforms, problems, solver_contract, solver_results
+from . import (
+    adjoint_gradients,
+    adjoint_manners,
+    adjoint_transforms,
+    problems,
+    solver_contract,
+    solver_manners,
+    solver_results,
+)
 from .case import (
     ADJOINT_CHECKS,
     SOLVER_CHECKS,
@@ -38,6 +46,7 @@ __all__ = [
     "NotApplicable",
     "Result",
     "adjoint_gradients",
+    "adjoint_manners",
     "adjoint_transforms",
     "assert_converged_rows",
     "check_adjoint",
@@ -45,6 +54,7 @@ __all__ = [
     "counted",
     "problems",
     "solver_contract",
+    "solver_manners",
     "solver_results",
     "true_residual",
 ]

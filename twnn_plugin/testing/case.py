@@ -203,6 +203,10 @@ def run_checks(
         without: names of checks to leave out, each with the reason.
         traits: what the subject declares, passed to each check.
     """
+    if not isinstance(without, Mapping):
+        raise OptionError(
+            f"without is a dict of check names, each with the reason why it cannot hold; got {without!r:.60}."
+        )
     for name in without:
         if name not in table:
             raise UnknownNameError(f"There is no {what} check {name!r}.{nearest(name, table)}")
@@ -236,14 +240,32 @@ def quiet_fix(problem: Problem, **options: Any) -> Solution:
 
 
 def true_residual(problem: Problem, value: Any, stop: str = "rel", norm: str = "l2") -> Tensor:
-    """(B,) residuals of a state by the definition in :func:`twnn_plugin.fix`, evaluated anew."""
+    """(B,) residuals of a state by the definition in :func:`twnn_plugin.fix`, evaluated anew.
+
+    With ``stop="rel"`` that of a tuple or dict is the largest of those of its tensors.
+    """
     with torch.no_grad():
-        z, image = flatten(value), flatten(problem.f(value, *problem.context))
-        z, image = z.double(), image.double()
-        change, size = (image - z).norm(dim=1), image.norm(dim=1)
-        if norm == "max":
-            change, size = (image - z).abs().amax(dim=1), size / z.shape[1] ** 0.5
-        return change / (size + 1e-9) if stop == "rel" else change
+        image = problem.f(value, *problem.context)
+    pairs = [
+        (flatten(z).double(), flatten(fz).double())
+        for z, fz in zip(_tensors(value, value), _tensors(image, value), strict=True)
+    ]
+    if stop == "abs":
+        pairs = [(torch.cat([z for z, _ in pairs], dim=1), torch.cat([fz for _, fz in pairs], dim=1))]
+    return torch.stack([_residual(z, fz, stop, norm) for z, fz in pairs]).amax(dim=0)
+
+
+def _tensors(state: Any, like: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    return [state[key] for key in like] if isinstance(like, dict) else list(state)
+
+
+def _residual(z: Tensor, image: Tensor, stop: str, norm: str) -> Tensor:
+    change, size = (image - z).norm(dim=1), image.norm(dim=1)
+    if norm == "max":
+        change, size = (image - z).abs().amax(dim=1), size / z.shape[1] ** 0.5
+    return change / (size + 1e-9) if stop == "rel" else change
 
 
 def assert_converged_rows(
