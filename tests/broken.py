@@ -134,6 +134,19 @@ class Hoards(Plain):
         return fz, (*state, r)
 
 
+class StaysOld(Plain):
+    """Rows that start anew go on with the step size of those that were there."""
+
+    def init(self, z):
+        return z.new_full((len(z), 1), 0.5)
+
+    def renew(self, state, rows, z):
+        return state
+
+    def step(self, problem, z, fz, r, state):
+        return z + state * r, 1 - 0.9 * (1 - state)
+
+
 class EvaluatesTwice(Plain):
     def step(self, problem, z, fz, r, state):
         return problem.evaluate(fz), None
@@ -280,6 +293,7 @@ SOLVERS = {
     IgnoresMaxIter: ("budget",),
     ReturnsTheGuess: ("few_evaluations",),
     NoCallback: ("callback", "frozen_rows"),
+    StaysOld: ("rows_that_start_anew",),
     KeepsEverybody: ("rows_leave",),
     Miscounts: ("rows_leave",),
     StopsWithTheWorstRow: ("neighbours", "frozen_rows"),

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import adjoints
+from ..adjoints.equation import Equation
 from ..fixed_point import fix
+from ..solvers import StepSolver
+from ..state import Layout
 from ..types import Iteration, Status
 from . import problems
-from .case import SolverCase, assert_converged_rows, close, quiet_fix, solver_check, true_residual
+from .case import NotApplicable, SolverCase, assert_converged_rows, close, quiet_fix, solver_check, true_residual
 from .problems import Problem
 from .solver_results import counted, take
 
@@ -284,3 +287,43 @@ def backward_tolerance(case: SolverCase) -> None:
             "the residuals told and those evaluated anew",
             1e-12,
         )
+
+
+@solver_check
+def rows_that_start_anew(case: SolverCase) -> None:
+    """A step solver's ``renew`` begins some rows and leaves the others as they are: each goes its own way."""
+    solver = case.solver
+    if not isinstance(solver, StepSolver) or not solver.renews:
+        raise NotApplicable("has no renew that goes with its init and step")
+    problem = problems.affine(batch=4)
+    layout, z = Layout.of(problem.z0, "z0")
+    everybody = Equation(problem.f, layout, problem.context, 4)
+    alone = [_iterates(solver, problem, row, 12) for row in range(4)]
+    with torch.no_grad():
+        state, ages = solver.init(z), [0] * 4
+        for step in range(12):
+            places = {3: [1], 4: [0, 2], 8: [0, 1, 2, 3]}.get(step, [])
+            if places:
+                rows = torch.tensor(places)
+                z = z.index_fill(0, rows, 0.0)
+                state = solver.renew(state, rows, z)
+                ages = [0 if row in places else age for row, age in enumerate(ages)]
+            fz = everybody.evaluate(z)
+            z, state = solver.step(everybody, z, fz, fz - z, state)
+            ages = [age + 1 for age in ages]
+            for row, age in enumerate(ages):
+                close(z[row], alone[row][age - 1], 1e-8, f"iterate {age} of row {row}, which began anew", 1e-10)
+
+
+def _iterates(solver: StepSolver, problem: Problem, row: int, steps: int) -> list[Tensor]:
+    """The iterates of a row in a batch of its own, from zero on."""
+    assert isinstance(problem.z0, Tensor)
+    z = problem.z0[row : row + 1]
+    equation = Equation(problem.f, Layout.of(z, "z0")[0], tuple(c[row : row + 1] for c in problem.context), 1)
+    with torch.no_grad():
+        state, iterates = solver.init(z), []
+        for _ in range(steps):
+            fz = equation.evaluate(z)
+            z, state = solver.step(equation, z, fz, fz - z, state)
+            iterates.append(z[0])
+    return iterates
