@@ -24,6 +24,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrizations, parametrize
 
 from .errors import OptionError, nearest
+from .solvers.base import is_number
 
 __all__ = ["cached", "contractive", "norm_bound", "orthogonal", "remove"]
 
@@ -340,8 +341,8 @@ def _check_kind(module: Any) -> None:
 
 def _check(module: Any, rate: float) -> None:
     _check_kind(module)
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-        raise OptionError(f"rate must be a positive number, below 1 for a contraction; got {rate!r}.")
+    if not is_number(rate) or not 0 < rate < math.inf:
+        raise OptionError(f"rate must be a positive number, below 1 for a contraction; got {rate!r:.40}.")
     if parametrize.is_parametrized(module, "weight"):
         raise OptionError(
             f"The weight of this {type(module).__name__} is parametrised already; take that off with "

@@ -24,7 +24,7 @@ from .errors import (
 )
 from .solvers import Control, Solver, linear
 from .solvers.base import is_number
-from .state import Layout, check_dense
+from .state import Layout, check_dense, outside_inference
 from .types import AdjointReport, Iteration, Solution, State, Status, describe
 
 __all__ = ["check_control", "fix", "run"]
@@ -93,7 +93,7 @@ def fix(
             not tell from zero in the state's dtype.
         UnknownNameError: no such solver or adjoint; the message has the nearest name.
         MapError: ``f`` changes structure, shape, dtype or device, a context tensor has another batch size, or
-            a tensor is sparse.
+            a tensor is sparse, or the state is on the meta device.
         TransformError: the adjoint does not go with ``torch.func`` or forward-mode AD.
         FixedPointError: with ``throw=True``, rows did not converge; it holds the solution.
 
@@ -204,6 +204,8 @@ def _run(
                 f"Context {index} must be a tensor with {start.shape[0]} rows, one per sample of z0; got "
                 f"{got}. What all rows share belongs into f itself."
             )
+    if torch.is_grad_enabled():  # features may be made in inference mode; autograd saves no such tensor
+        start, context = outside_inference(start), tuple(outside_inference(c) for c in context)
     parts = layout.parts(control.stop)
     if parts:
         control = replace(control, parts=parts)

@@ -194,12 +194,12 @@ class SolveTrace:
     @property
     def steps(self) -> Tensor:
         """(K,) evaluations of ``f`` per row at each report."""
-        return torch.tensor([step for step, *_ in self._seen], dtype=torch.long)
+        return torch.tensor([step for step, *_ in self._seen], dtype=torch.long, device="cpu")
 
     @property
     def evaluations(self) -> Tensor:
         """(K,) rows evaluated in all up to each report."""
-        return torch.tensor([count for _, count, *_ in self._seen], dtype=torch.long)
+        return torch.tensor([count for _, count, *_ in self._seen], dtype=torch.long, device="cpu")
 
     @property
     def residual(self) -> Tensor:
@@ -216,7 +216,8 @@ class SolveTrace:
 
     def _table(self, columns: list[tuple[Tensor, Tensor]], tail: tuple[int, ...]) -> Tensor:
         if not columns:
-            return torch.empty(self.info.rows if self.info is not None else 0, 0, *tail)
+            rows = self.info.rows if self.info is not None else 0
+            return torch.empty(rows, 0, *tail, device="cpu")
         highest = max((int(rows.max()) + 1 for rows, _ in columns if rows.numel()), default=0)
         # Under vmap a solver sees the rows of all instances, more than the solve was announced with.
         batch = highest if self.info is None else max(self.info.rows, highest)
@@ -241,12 +242,14 @@ class Trace:
         solves: a :class:`SolveTrace` each, newest last.
 
     Raises:
-        OptionError: ``keep`` is not a whole number >= 1.
+        OptionError: ``keep`` is not a whole number >= 1, or ``iterates`` neither True nor False.
     """
 
     def __init__(self, iterates: bool = False, keep: int = 1):
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise OptionError(f"Option keep of Trace must be a whole number, at least 1; got {keep!r}.")
+        if not isinstance(iterates, bool):
+            raise OptionError(f"Option iterates of Trace must be True or False; got {iterates!r}.")
         self.iterates_kept = iterates
         self.keep = keep
         self.solves: list[SolveTrace] = []

@@ -13,13 +13,13 @@ from .certificates.linear import (
     check_context,
     check_generator,
     evaluated,
-    outside_inference,
     plain_attention,
     probe,
 )
 from .certificates.spectrum import dominant
 from .errors import OptionError, nearest
-from .state import Layout
+from .solvers.base import is_number
+from .state import Layout, outside_inference
 from .types import State
 
 __all__ = ["jacobian_frobenius", "spectral_penalty"]
@@ -78,6 +78,8 @@ def jacobian_frobenius(
     if not exact and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise OptionError(f"samples must be a whole number, at least 1, or 'exact'; got {samples!r}.")
     _choice("reduction", reduction, _REDUCTIONS)
+    if not isinstance(through_solution, bool):
+        raise OptionError(f"through_solution must be True or False; got {through_solution!r}.")
     check_generator(generator)
     flat, fz = _attached(f, z, context, through_solution)
     batch, size = flat.shape
@@ -135,8 +137,8 @@ def spectral_penalty(
     """
     _choice("reduction", reduction, _REDUCTIONS)
     _choice("measure", measure, _MEASURES)
-    if not isinstance(target, (int, float)) or not target >= 0:
-        raise OptionError(f"target must be a number, at least 0; got {target!r}.")
+    if not is_number(target) or not target >= 0:
+        raise OptionError(f"target must be a number, at least 0; got {target!r:.40}.")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise OptionError(f"iterations must be a whole number, at least 1; got {iterations!r}.")
     check_generator(generator)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import MapError
 from .types import State
 
-__all__ = ["Layout", "check_dense"]
+__all__ = ["Layout", "check_dense", "outside_inference"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -38,6 +38,11 @@ def check_dense(tensor: Tensor, what: str) -> None:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         way = "torch.nested.to_padded_tensor" if tensor.is_nested else "to_dense()"
         raise MapError(f"{what} must be dense; got {kind}. Make it dense with {way}.")
+
+
+def outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it that may be differentiated through; to be called outside that mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _check_devices(parts: Sequence[Tensor], what: str) -> None:
@@ -102,8 +107,9 @@ class Layout:
 
     @cached_property
     def half(self) -> float:
-        """The coarsest rounding of a part kept in half precision; 0 where there is none."""
-        return max((torch.finfo(dtype).eps for dtype in self.dtypes if dtype in _HALF), default=0.0)
+        """The coarsest rounding of a part kept in half precision, or in less; 0 where there is none."""
+        kinds = [torch.finfo(dtype) for dtype in self.dtypes]
+        return max((kind.eps for kind in kinds if kind.bits < 32), default=0.0)
 
     def rounded(self, matrix: Tensor) -> Tensor:
         """What ``f`` is given of a (b, D) matrix, and what a user gets of it."""
@@ -130,6 +136,8 @@ class Layout:
         if len(batches) > 1:
             raise MapError(f"The parts of {what} must have one batch size; got {sorted(batches)}.")
         _check_devices(parts, f"The parts of {what}")
+        if parts and parts[0].is_meta:
+            raise MapError(f"{what} must hold numbers; got a tensor on the meta device, which has none.")
         dtypes = tuple(part.dtype for part in parts)
         work = torch.float64 if torch.float64 in dtypes else torch.float32
         shapes = tuple(part.shape[1:] for part in parts)

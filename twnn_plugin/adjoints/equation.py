@@ -212,11 +212,15 @@ class Call:
         return self._own(outcome) if rows is None else self._spread(outcome, rows)
 
     def _own(self, outcome: Outcome) -> Outcome:
-        """The outcome in memory that nobody else has: ``f`` may return its context, a solve its start."""
+        """The outcome in memory that nobody else has: ``f`` may return its context, a solve its start.
+
+        Nor do its rows have one memory among them, as those of a row that ``f`` has expanded.
+        """
         if torch.is_grad_enabled() or transforms.active() or outcome.value.numel() == 0:
             return outcome
         held = outcome.value.untyped_storage().data_ptr()
-        if not self._alias and all(t.untyped_storage().data_ptr() != held for t in (self.z0, *self.context)):
+        shared = any(t.untyped_storage().data_ptr() == held for t in (self.z0, *self.context))
+        if not self._alias and not shared and 0 not in outcome.value.stride():
             return outcome
         return replace(outcome, value=outcome.value.clone())
 

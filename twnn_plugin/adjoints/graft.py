@@ -354,7 +354,7 @@ def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
         assert isinstance(tape.z, Tensor)
         outcome = check_rows(call, outcome, tape.z, tape.fz, rows)
     if nobody or not tape.reaches_a_leaf():
-        if start is None and not nobody:
+        if start is None and not tape.reaches_a_leaf():
             return outcome
         # The start alone wants a gradient, which is zero: nothing is solved for.
         value = attach(

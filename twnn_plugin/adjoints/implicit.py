@@ -33,6 +33,7 @@ _CHANGED = (
     "f is not what it was in the forward pass: it uses other tensors or gives other values. Let it stay the "
     "same until the last backward pass; what changes belongs into the context."
 )
+_KEPT = 16  # shapes a warm start remembers a solution of; batches may come in any number of lengths
 _DEFAULT = Anderson(start=1)  # acceleration pays from the start where the map is linear
 
 
@@ -55,9 +56,9 @@ class Implicit(Adjoint):
         tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve.
         max_iter: products with the Jacobian per row; ``None``: as many as the forward solve had, but
             at least 20.
-        warm_start: start from the last backward solve of this instance with the same shape, in rows
-            where that is nearer. It pays where the same samples come again in the same order, and costs
-            one product where they do not. First derivatives only.
+        warm_start: start from the last backward solve of this instance with the same shape (one is kept for
+            each of the newest 16), in rows where that is nearer. It pays where the same samples come again
+            in the same order, and costs one product where they do not. First derivatives only.
     """
 
     solver: str | Solver | LinearSolver | None = None
@@ -179,11 +180,17 @@ class Implicit(Adjoint):
                 (solved.value, solved.status, solved.steps, solved.residual),
             )
         if self.warm_start:
-            self._last[(*g.shape, g.dtype, g.device)] = solved.value
+            self._keep((*g.shape, g.dtype, g.device), solved.value)
         reports.append(
             AdjointReport(self.name, True, *_whole(solved, rows, call), evaluations=problem.evaluations)
         )
         return solved.value if units is None else solved.value / units
+
+    def _keep(self, key: tuple[Any, ...], value: Tensor) -> None:
+        self._last.pop(key, None)  # the newest is last
+        self._last[key] = value
+        while len(self._last) > _KEPT:
+            self._last.pop(next(iter(self._last)), None)
 
     def _guess(self, g: Tensor) -> Tensor | None:
         return self._last.get((*g.shape, g.dtype, g.device)) if self.warm_start else None

@@ -23,7 +23,8 @@ class Unrolled(Adjoint):
 
     The exact derivative of the computed state, not of the fixed point: plain steps tend to that as the
     tolerance falls, those of an accelerated solver need not. Memory grows with the iterations. Derivatives of
-    any order work, and the starting state gets a gradient.
+    any order work, and the starting state gets a gradient. A row that is done where it starts has made no
+    step: unless the start wants a gradient, it is evaluated once more and has that evaluation's gradient.
     """
 
     exact: ClassVar[bool] = False
@@ -49,20 +50,29 @@ class Unrolled(Adjoint):
 
     def run(self, call: Call, reports: list[AdjointReport]) -> Outcome:
         outcome = self._solve(call)
-        recorded = torch.is_grad_enabled() and not transforms.active()
-        if recorded and not outcome.value.requires_grad and bool((outcome.steps <= 1).all()):
-            # Every row was done where it started: one evaluation still says what the state depends on.
-            return _evaluated(call, outcome, outcome.status != int(Status.non_finite))
-        if call.settled is None or not bool(call.settled.any()) or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return outcome
-        # Settled rows were not iterated; one evaluation gives them their share of the gradient.
-        return _evaluated(call, outcome, call.settled)
+        # Rows that no step was made of: one evaluation gives them their share of the gradient.
+        still = outcome.steps <= 1
+        which = torch.zeros_like(still) if call.settled is None else call.settled
+        everywhere = not outcome.value.requires_grad and bool(still.all())
+        unmoved = not transforms.active() and not call.z0.requires_grad  # a start that depends on nothing
+        if unmoved and (everywhere or outcome.value.requires_grad):
+            which = which | (still & (outcome.status == int(Status.converged)))
+        if bool(which.any()) or (unmoved and everywhere):
+            return _evaluated(call, outcome, which)
+        return outcome
 
 
 def _evaluated(call: Call, outcome: Outcome, which: Tensor) -> Outcome:
-    """The outcome with ``f`` evaluated once more for some rows, (B,) bool."""
+    """The outcome with the derivative of one more evaluation of ``f`` for some rows, (B,) bool.
+
+    Their values stay, which are what the residuals are of: ``f`` may lead away from a row within a large
+    tolerance.
+    """
     rows = torch.nonzero(which).flatten()
     equation = call.equation(rows)
     value = equation.evaluate(outcome.value[rows])
     call.evaluations += equation.evaluations
-    return replace(outcome, value=outcome.value.index_copy(0, rows, value))
+    kept = outcome.value.detach()[rows] + (value - value.detach())
+    return replace(outcome, value=outcome.value.index_copy(0, rows, kept))

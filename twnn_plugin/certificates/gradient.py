@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import MapError, OptionError
-from ..state import Layout
+from ..state import Layout, outside_inference
 from ..types import Solution, State
-from .linear import Jacobian, check_generator, outside_inference, probe
+from .linear import Jacobian, check_generator, probe
 from .spectrum import lipschitz_of, radius_of
 
 __all__ = ["Cotangent", "GradientError", "amplification", "gradient_error", "gradient_error_of"]

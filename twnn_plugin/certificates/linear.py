@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..adjoints.linear import units_of
 from ..errors import MapError, OptionError
 from ..solvers.base import check_place
-from ..state import Layout, check_dense
+from ..state import Layout, check_dense, outside_inference
 from ..types import State
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "check_context",
     "check_generator",
     "evaluated",
-    "outside_inference",
     "plain_attention",
     "probe",
     "solve_shifted",
@@ -160,11 +159,6 @@ def plain_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def outside_inference(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it that may be differentiated through; to be called outside that mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
 def check_context(context: Sequence[Tensor], batch: int) -> None:
     """Raise :class:`MapError` unless every context tensor has one row per sample."""
     for index, tensor in enumerate(context):
@@ -228,7 +222,7 @@ def probe(like: Tensor, generator: torch.Generator | None) -> Tensor:
     a generator from a fixed seed, so that it does not depend on what ran before.
     """
     if generator is None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randn(1, like.shape[1], generator=generator, dtype=torch.float64, device=generator.device)
     return drawn.to(device=like.device, dtype=like.dtype).expand_as(like)
 
@@ -302,8 +296,8 @@ def solve_shifted(apply: Product, b: Tensor, steps: int) -> Tensor:
 def _least_squares(space: Krylov) -> tuple[Tensor, Tensor]:
     """(B, k) coefficients with the least residual ``||b - (I - A) V y||``, and that residual, (B,)."""
     h = space.h
-    shifted = torch.eye(*h.shape[1:], dtype=h.dtype) - h
-    right = torch.zeros(*h.shape[:2], 1, dtype=h.dtype)
+    shifted = torch.eye(*h.shape[1:], dtype=h.dtype, device=h.device) - h
+    right = h.new_zeros(*h.shape[:2], 1)
     right[:, 0, 0] = space.scale
     broken = ~(torch.isfinite(shifted).all(dim=(1, 2)) & torch.isfinite(space.scale))[:, None, None]
     shifted, right = torch.where(broken, 0.0, shifted), torch.where(broken, 0.0, right)

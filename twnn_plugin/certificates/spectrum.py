@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..solvers.base import is_number
 from ..types import State
 from .linear import Jacobian, Krylov, Product, check_generator, probe
 
@@ -181,13 +182,13 @@ def _largest(
 ) -> tuple[Tensor, Tensor, int]:
     """Largest modulus of an eigenvalue and its residual, (B,) float64, and the products spent."""
     batch, size = like.shape
+    nothing = torch.zeros(batch, dtype=torch.float64, device="cpu")  # whatever the default device is
     if not batch or not size:
-        nothing = torch.zeros(batch, dtype=torch.float64)
         return nothing, nothing.clone(), 0
     space = Krylov(apply, probe(like, generator), min(_MEMORY, size, iterations))
     spent = 0
-    value = error = torch.zeros(batch, dtype=torch.float64)
-    settled = accurate = torch.zeros(batch, dtype=torch.bool)
+    value = error = nothing
+    settled = accurate = nothing.bool()
     while True:
         steps = min(space.steps + _LOOK, space.capacity, space.steps + iterations - spent)
         spent += steps - space.steps
@@ -231,7 +232,7 @@ def dominant(space: Krylov, near: Tensor | None = None) -> tuple[Tensor, Tensor,
 def _filtered(space: Krylov, value: Tensor) -> Tensor:
     """A start that is rich in what has the largest modulus: ``V (H / value)^p e_1``, all real."""
     h = torch.nan_to_num(space.h[:, :-1]) / value.nan_to_num(1.0).clamp_min(1e-300)[:, None, None]
-    y = torch.zeros(h.shape[0], h.shape[1], dtype=h.dtype)
+    y = h.new_zeros(h.shape[0], h.shape[1])
     y[:, 0] = 1
     for _ in range(_FILTER):
         y = torch.einsum("bij,bj->bi", h, y)
@@ -243,5 +244,5 @@ def _check(iterations: int, tol: float, generator: torch.Generator | None) -> No
     check_generator(generator)
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise OptionError(f"iterations must be a whole number, at least 1; got {iterations!r}.")
-    if not isinstance(tol, (int, float)) or not tol >= 0:
-        raise OptionError(f"tol must be a number, at least 0; got {tol!r}.")
+    if not is_number(tol) or not tol >= 0:
+        raise OptionError(f"tol must be a number, at least 0; got {tol!r:.40}.")

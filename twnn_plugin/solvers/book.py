@@ -138,7 +138,10 @@ class Book:
         assert self.control.callback is not None
         pick = slice(None) if self.alive is None else self.alive
         residual = report_residual(self.change, self.size, self.control)[pick]
-        self.control.callback(Iteration(k, self.rows[pick], residual, problem.evaluations, z.detach()[pick]))
+        rows, value = self.rows[pick], z.detach()[pick]
+        if self.alive is None:  # else they are copies; the solve goes on with what lies here
+            rows, value = rows.clone(), value.clone()
+        self.control.callback(Iteration(k, rows, residual, problem.evaluations, value))
 
     def finish(self, leaving: Tensor, k: int, z: Tensor, fz: Tensor) -> None:
         """Write down the rows that leave."""

@@ -36,7 +36,7 @@ def solve(solver: Solver, problem: Problem, z: Tensor, control: Control) -> Outc
     if control.stop == "abs" and control.scale is None:
         _check_measurable(control, z.dtype)
     if z.shape[0] == 0 or z.shape[1] == 0:
-        empty = torch.zeros(z.shape[0], device=z.device)
+        empty = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
         return Outcome(z, empty.long(), empty.long(), empty)
     if control.parts and isinstance(solver, StepSolver) and not control.coupled:
         solver = solver.in_parts(control.parts)

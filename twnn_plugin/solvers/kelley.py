@@ -38,7 +38,7 @@ class Steps(NamedTuple):
     @staticmethod
     def first(step: Tensor) -> Steps:
         """After a plain step, (b, D)."""
-        return Steps(step[:, None], _inverse(torch.linalg.vecdot(step, step))[:, None, None], 1)
+        return Steps(step[:, None], _inverse(step, torch.linalg.vecdot(step, step))[:, None, None], 1)
 
     def next(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """v, (b, D), and ``1 - c_m``, (b, 1), for the (b, D) residual r."""
@@ -63,7 +63,7 @@ class Steps(NamedTuple):
         else:
             memory = joined(memory, step)
         products = dots(memory[:, 1 : m + 1], step)
-        weight = _inverse(products[:, :, m - 1 :])
+        weight = _inverse(step, products[:, :, m - 1 :])
         row = combined(table[:, :m, :m], products) * weight
         if write:
             newest = table[:, m : m + 1]
@@ -92,7 +92,17 @@ def _roomier(memory: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return more, torch.nn.functional.pad(table, (0, _ROOM, 0, _ROOM))
 
 
-def _inverse(square: Tensor) -> Tensor:
-    """1 / ||step||^2, zero for no step and where it would overflow."""
+def _inverse(step: Tensor, square: Tensor) -> Tensor:
+    """1 / ||step||^2, of the shape of ``square``, its inverse; zero for no step and where it would overflow.
+
+    Where derivatives are recorded it is made of the step divided by its length: torch's derivative of an
+    inverse squares it, and a step of 1e-10 is then infinite in float32 and makes NaN of all that it meets.
+    """
     moved = square > 1e3 * torch.finfo(square.dtype).tiny
-    return moved / torch.where(moved, square, 1.0)
+    if free_to_write(step):
+        return moved / torch.where(moved, square, 1.0)
+    moved = moved.detach()
+    inverse = moved / torch.where(moved, square.detach(), 1.0).sqrt()
+    unit = step * inverse.reshape(*step.shape[:-1], 1)
+    nearly_one = torch.where(moved, torch.linalg.vecdot(unit, unit).reshape(square.shape), 1.0)
+    return inverse * (inverse / nearly_one)

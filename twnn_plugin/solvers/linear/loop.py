@@ -153,6 +153,7 @@ class _Run:
         self.first = torch.full_like(norm, float("inf"))  # the residual of u = g
         self.measured = torch.full_like(norm, float("inf"))  # the residual when it last was
         self.claimed = torch.zeros_like(sound)  # rows whose next measurement tests a claim
+        self.blur: Tensor | None = None  # (b,) rounding error of what was measured last; None: nothing was
         self.checking: Tensor | None = None  # (b,) rows whose next product measures; None: no row
         if not bool(sound.all()):
             code = torch.where(torch.isfinite(rhs).all(dim=1), int(Status.converged), int(Status.non_finite))
@@ -210,13 +211,17 @@ class _Run:
         product = self.problem.product(query)
         active = None if check is None else ~check
         state, progress = method.update(state, query, product, active)
+        drift = progress.drift if self.blur is None else progress.drift + self.blur
         if check is None:
-            return state, progress, torch.zeros_like(progress.stuck)
+            return state, progress._replace(drift=drift), torch.zeros_like(progress.stuck)
         r = self.g + product - self.u
         size = torch.linalg.vector_norm(r, dim=1)
         allowed = torch.where(self.claimed, _CLAIM, _CYCLE) * self.measured
         failed = check & (size > allowed) & (size > self.bound)
         self.measured = torch.where(check, size, self.measured)
+        # Of a long solution the product and the difference are rounded more coarsely than those to come.
+        blur = ROUNDING * self.problem.eps * torch.linalg.vector_norm(self.u, dim=1)
+        self.blur = torch.where(check, blur, 0.0 if self.blur is None else self.blur)
         state = method.restart(state, r, check)
         if bool(failed.any()):
             # A claim that fails twice is the rounding floor: no method gets below it.
@@ -226,7 +231,7 @@ class _Run:
             state,
             Progress(
                 torch.where(check, size, progress.size),
-                torch.where(check, 0.0, progress.drift),
+                torch.where(check, 0.0, drift),
                 progress.stuck & ~check,
             ),
             failed,
@@ -262,7 +267,7 @@ class _Run:
         if not problem.can_leave or book.unfinished >= problem.leave_share * problem.size:
             return state
         keep = book.compact()
-        kept = ("g", "u", "bound", "first", "measured", "claimed", "checking")
+        kept = ("g", "u", "bound", "first", "measured", "claimed", "checking", "blur")
         for name in kept:
             value = getattr(self, name)
             if value is not None:
