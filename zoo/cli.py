@@ -7,6 +7,7 @@ misspelled option is refused before anything heavy is loaded.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .config import TrainConfig, check_same_run
+from .config import SEED_MAX, TrainConfig, check_same_run
 from .errors import ConfigError, ZooError
 from .options import (
     TASK_OPTIONS,
@@ -115,7 +116,9 @@ def main() -> None:
     "--out", type=click.Path(file_okay=False, path_type=Path), default="twnn-demo", show_default=True
 )
 @click.option("--quick", is_flag=True, help="A much shorter run, to see that everything works.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(0, SEED_MAX - 2), default=0, show_default=True
+)  # and the next two
 def demo(out: Path, quick: bool, seed: int) -> None:
     """Train small networks on real digits and compare them under every solver.
 
@@ -198,7 +201,7 @@ def _told(config: TrainConfig, result: TrainResult) -> str:
 
     best = f"accuracy {100 * result.best_metric:.2f} %"
     if is_text(config.dataset) and text_name(config.dataset).task == "language":
-        best = f"perplexity {1 / result.best_metric:.2f}"
+        best = f"perplexity {1 / result.best_metric if result.best_metric else math.inf:.2f}"
     return (
         f"Trained {config.model} on {config.dataset}: {result.updates} updates in "
         f"{result.seconds:.1f} s, best validation {best} in epoch {result.best_epoch + 1}. "

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import CheckpointError, ConfigError
 
-__all__ = ["FREE_FIELDS", "SCHEDULES", "TrainConfig", "check_same_run"]
+__all__ = ["FREE_FIELDS", "SCHEDULES", "SEED_MAX", "TrainConfig", "check_same_run"]
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant", "none")
 CLIP_MODES = ("norm", "value", "agc")
@@ -29,6 +29,9 @@ _NOT_NEGATIVE = (
     *("weight_decay", "min_lr", "warmup_lr", "mixup", "cutmix", "color_jitter", "momentum"),
     *("reward_alpha", "reward_beta", "reward_repeat", "reward_entropy", "closed_weight"),
 )
+
+SEED_MAX = 2**32 - 1
+"""The largest seed that Python's, NumPy's and torch's generators all take."""
 
 FREE_FIELDS = frozenset(
     ("data_dir", "dataset_download", "device", "workers", "output", "resume", "checkpoint_interval")
@@ -133,16 +136,21 @@ class TrainConfig:
     log_interval: int = _opt(50, "Updates between lines in metrics.jsonl; 0: one line per epoch.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.decay_milestones, list):  # as JSON has them
+            object.__setattr__(self, "decay_milestones", tuple(self.decay_milestones))
+        self._check_types()
         for name in ("epochs", "batch_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             self._require(name, value >= 0 and math.isfinite(value), "a finite number, at least 0")
+        self._require("seed", self.seed <= SEED_MAX, f"a whole number from 0 to {SEED_MAX}")
         for name in ("lr", "decay_rate", "decay_epochs"):
             value = getattr(self, name)
             self._require(name, value > 0 and math.isfinite(value), "a positive number")
         for name in ("hflip", "vflip", "reprob", "mixup_prob", "model_ema_decay"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._check_schedule()
         self._require("smoothing", 0 <= self.smoothing < 1, "at least 0 and below 1")
         self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "a positive number")
         for name in ("policy_lr", "reward_lambda"):
@@ -168,6 +176,22 @@ class TrainConfig:
             raise ConfigError(
                 f"--warmup-epochs={self.warmup_epochs} leaves nothing of --epochs={self.epochs}; take fewer."
             )
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            good = any(_fits(getattr(self, name), kind) for kind in kinds)
+            self._require(name, good, " or ".join(_WORDS[get_origin(kind) or kind] for kind in kinds))
+
+    def _check_schedule(self) -> None:
+        """What the schedules take without a word, and follow to somewhere else."""
+        if self.sched == "multistep":
+            stones = self.decay_milestones
+            rising = list(stones) == sorted(set(stones)) and all(stone >= 1 for stone in stones)
+            self._require("decay_milestones", rising, "epochs from 1 on, each later than the one before")
+        if self.sched in ("cosine", "tanh", "poly"):
+            first = self.lr if self.policy_lr is None else min(self.lr, self.policy_lr)
+            self._require("min_lr", self.min_lr <= first, f"at most the learning rate, {first:g}")
 
     def _check_policy(self) -> None:
         if self.policy_kwargs and self.policy is None:
@@ -212,15 +236,6 @@ class TrainConfig:
         if unknown:
             raise ConfigError(f"Not a setting of a run: {', '.join(unknown)}.")
         values = dict(values)
-        if "decay_milestones" in values:
-            milestones = values["decay_milestones"]
-            values["decay_milestones"] = tuple(milestones) if isinstance(milestones, list) else milestones
-        hints = get_type_hints(cls)
-        for name, value in values.items():
-            kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
-            if not any(_fits(value, kind) for kind in kinds):
-                expected = " or ".join(_WORDS[get_origin(kind) or kind] for kind in kinds)
-                raise ConfigError(f"{_option(name)}={value!r} is not possible: expected {expected}.")
         return cls(**values)
 
 

@@ -185,7 +185,7 @@ def sweep_rows(figures: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[
 
 
 def _inherit(options: Mapping[str, Any], config: TrainConfig | None) -> dict[str, Any]:
-    """Settings that were not given, from the run that the checkpoint belongs to."""
+    """Settings that were not given, and options of its model, from the run that the checkpoint is of."""
     chosen = dict(options)
     if config is None:
         return chosen
@@ -201,6 +201,8 @@ def _inherit(options: Mapping[str, Any], config: TrainConfig | None) -> dict[str
         mine = name in ("policy", "policy_kwargs") and not other_model
         if (mine or not chosen.get(name)) and name not in skipped:
             chosen[name] = getattr(config, name)
+    if not other_model:  # one option of the model more does not undo those that it was trained with
+        chosen["model_kwargs"] = {**config.model_kwargs, **(options["model_kwargs"] or {})}
     return chosen
 
 

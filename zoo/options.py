@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
-from .config import TrainConfig
+from .config import SEED_MAX, TrainConfig
 from .errors import ConfigError
 
 __all__ = [
@@ -67,7 +67,9 @@ def task_options(training: bool) -> Callable[[Callable[..., Any]], Callable[...,
             click.option(
                 "--samples", type=click.IntRange(min=1), help="Generated tasks: how many (default: 1000)."
             ),
-            click.option("--seed", type=click.IntRange(min=0), help="Generated tasks: seed of the examples."),
+            click.option(
+                "--seed", type=click.IntRange(0, SEED_MAX), help="Generated tasks: seed of the examples."
+            ),
         ]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -105,7 +105,7 @@ def prepare_model(config: TrainConfig, data: AnyData, model: nn.Module | None, h
         )
     if config.initial_checkpoint is not None:
         load_weights(model, config.initial_checkpoint)
-    random_seed(config.seed, here.rank)  # but each its own dropout and mixing
+    random_seed((config.seed + here.rank) % 2**32)  # but each its own dropout and mixing
     return model.to(here.device)
 
 

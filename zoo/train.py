@@ -40,7 +40,7 @@ from .prepare import (
     train_batches,
 )
 from .progress import Bar
-from .runlog import RunLog, output_folder
+from .runlog import RunLog, alone, output_folder
 from .runstate import RunState, make_run_state, take_step
 
 __all__ = ["TrainConfig", "TrainResult", "resume_path", "train"]
@@ -115,6 +115,8 @@ def train(
         data = data or find_data(config)
         check_parts(data)
         here = stack.enter_context(world(config.device))
+        if config.output is not None and here.is_primary:
+            stack.enter_context(alone(Path(config.output)))
         stack.enter_context(kernels(config.deterministic, here.device))
         interruption = stack.enter_context(Interruption())
         run = _Run(config, here, data, prepare_model(config, data, model, here), interruption)

@@ -30,12 +30,15 @@ STAMPED = ("commit", "dirty", "python", *PACKAGES, "cpu", "gpu")
 
 def provenance(settings: Settings, command: str) -> dict[str, Any]:
     """JSON values that say how a result was made."""
+    # A copy without a history of its own may lie in somebody's repository, whose commits say nothing of it.
+    top = _git("rev-parse", "--show-toplevel")
+    ours = bool(top) and Path(top).resolve() == ROOT
     return {
         "command": command,
         "date": _now(),
-        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "commit": (_git("rev-parse", "HEAD") if ours else "") or "unknown",
         # Results of this very run must not make the code look changed.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "dirty": ours and bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "python": sys.version.split()[0],
         **{name: _version(name) for name in PACKAGES},
         "platform": platform.platform(terse=True),

@@ -102,12 +102,12 @@ class Mixer(nn.Module):
         hidden: of the convolution.
         grid: whether the state has two axes of positions.
         last: whether its channels are the last axis.
-        steps: whether positions are time steps, to be kept apart.
+        steps: whether positions are time steps, to be kept apart; a step of zeros (padding) stays one.
     """
 
     def __init__(self, channels: int, hidden: int, grid: bool, last: bool, steps: bool = False):
         super().__init__()
-        self.last = last
+        self.last, self.steps = last, steps
         self.norm: nn.Module = StepNorm(channels) if steps else nn.GroupNorm(1, channels)
         self.mix = nn.Conv2d(channels, hidden, 3, padding=1) if grid else nn.Linear(channels, hidden)
         self.back = None if hidden == channels else nn.Linear(hidden, channels)
@@ -123,4 +123,7 @@ class Mixer(nn.Module):
             value = value.movedim(1, -1)
         if self.back is not None:
             value = self.back(value)
-        return value if self.last or value.dim() == 2 else value.movedim(-1, 1)
+        value = value if self.last or value.dim() == 2 else value.movedim(-1, 1)
+        if self.steps:  # the biases would make something of padding
+            value = torch.where((state != 0).any(dim=-1 if self.last else 1, keepdim=True), value, 0.0)
+        return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,11 +72,16 @@ class Reward:
             )
 
     def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(B,) of logits (B, K, ...) and targets (B, ...): the mean over positions where there are some."""
+        """(B,) of logits (B, K, ...) and targets (B, ...): the mean over positions where there are some.
+
+        A prediction that is not a number is as bad as one can be: 0, or the likelihood's ``floor``. One such
+        sample would else make the loss of the whole batch NaN, and then the agent's weights.
+        """
         if self.measure == "accuracy":
-            value = (logits.argmax(dim=1) == targets).float()
+            value = ((logits.argmax(dim=1) == targets) & ~logits.isnan().any(dim=1)).float()
         else:
             value = -F.cross_entropy(logits.float(), targets, reduction="none")
+            value = value.nan_to_num(nan=-math.inf, neginf=-math.inf)
             value = value.exp() if self.measure == "probability" else value.clamp_min(self.floor)
         return value if value.dim() == 1 else value.flatten(1).mean(dim=1)
 

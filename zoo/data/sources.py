@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def _folder(spec: DataSpec, root: Path) -> DataSplits:
         raise DataError(f"There is no image folder {root}. Give one with a subfolder for each class.")
     train_dir = _subfolder(root, ("train", "training"))
     val_dir = _subfolder(root, ("val", "valid", "validation")) if train_dir else None
-    test_dir = _subfolder(root, ("test",)) if train_dir else None
+    test_dir = _subfolder(root, ("test", "testing")) if train_dir else None
     train, classes = _images(train_dir or root, None)
     spec = replace(spec, num_classes=len(classes))
     if val_dir and test_dir:
@@ -228,7 +229,8 @@ def _images(folder: Path, classes: dict[str, int] | None) -> tuple[ImageSplit, d
         raise DataError(
             f"There are images in {folder} itself, outside the subfolder of any class. Move them into one."
         )
-    known = found if classes is None else classes
+    _check_folders(folder, [data.reader.filename(i) for i in range(len(data.reader))])
+    known = _numbered(found) if classes is None else classes
     unknown = [name for name in found if name not in known]
     if unknown:
         raise DataError(
@@ -238,6 +240,34 @@ def _images(folder: Path, classes: dict[str, int] | None) -> tuple[ImageSplit, d
     number = {label: known[name] for name, label in found.items()}
     labels: Tensor = torch.tensor([number[label] for _, label in data.reader.samples], dtype=torch.int64)
     return ImageSplit(_Decode(data.reader), torch.arange(len(labels)), labels), known
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    """Numbers of classes in timm's order, the same in every process.
+
+    Names that timm takes for equal, such as ``a`` and ``A`` or ``1`` and ``01``, come in any order from it: a
+    checkpoint would be tested, or a run gone on with, under other labels than it was trained on.
+    """
+    from timm.utils import natural_key
+
+    ordered = sorted(names, key=lambda name: (natural_key(name), name))
+    return {name: number for number, name in enumerate(ordered)}
+
+
+def _check_folders(folder: Path, files: Sequence[str]) -> None:
+    """Refuse folders of one name in several places: the reader would take all of them for one class.
+
+    So the classes of ``Train`` and ``Test``, or of ``cats/2023`` and ``dogs/2023``, would be mixed silently.
+    """
+    places: dict[str, str] = {}
+    for place in dict.fromkeys(os.path.dirname(file) for file in files):
+        name = os.path.basename(place)
+        if places.setdefault(name, place) != place:
+            raise DataError(
+                f"The image folder {folder} has {places[name]!r} and {place!r}, and a class is told by the "
+                "name of the folder that its images are in: they would be one class. Give each class one "
+                "folder; parts are told by the names train, val and test."
+            )
 
 
 def _few(names: list[str], most: int = 10) -> str:

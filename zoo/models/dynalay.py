@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from twnn_plugin.policies import Policy
     from twnn_plugin.selection import LayerSelection
 
-__all__ = ["CONNECTION_OPTIONS", "DynaLayCNN3", "dynalay_cnn3", "fill_missing", "selected"]
+__all__ = [
+    "CHOICES",
+    "CONNECTION_OPTIONS",
+    "DynaLayCNN3",
+    "as_names",
+    "dynalay_cnn3",
+    "fill_missing",
+    "selected",
+]
+
+CHOICES = 3
+"""Decisions that a sample may make unless ``max_choices`` says otherwise."""
 
 CONNECTION_OPTIONS = ("scale", "message", "hidden", "orthogonal", "contraction", "jacobian")
 """Options of the models' connections, those of :class:`twnn_plugin.selection.Connection` but ``steps``."""
@@ -61,7 +72,7 @@ class DynaLayCNN3(ConvNet3):
         last_pool: bool = True,
         fpi_layers: Sequence[str] | str | None = None,
         policy: str | Policy | None = None,
-        max_choices: int = 3,
+        max_choices: int = CHOICES,
         open_head: bool = False,
         **options: Any,
     ):
@@ -145,7 +156,7 @@ def selected(
 
     check_flag("open_head", open_head)
     check_flag("orthogonal", options.get("orthogonal", False))
-    chosen = list(stages) if fpi_layers is None else _names(fpi_layers)
+    chosen = list(stages) if fpi_layers is None else as_names(fpi_layers)
     for name in chosen:
         if name not in stages:
             hint = nearest(str(name), list(stages))
@@ -159,7 +170,8 @@ def selected(
                 f"{', '.join(known)}."
             )
     if not chosen:
-        given = [*options, *(["policy"] if policy is not None else []), *(["open_head"] if open_head else [])]
+        asked = {"policy": policy is not None, "open_head": open_head, "max_choices": max_choices != CHOICES}
+        given = [*options, *(name for name, said in asked.items() if said)]
         if given:
             raise OptionError(
                 f"{', '.join(given)}: no layer can be iterated (fpi_layers is empty), so that this would do "
@@ -181,10 +193,21 @@ def selected(
     )
 
 
-def _names(names: Sequence[str] | str) -> list[str]:
-    """``"layer1"`` or ``"layer1,layer3"`` as a list, as the command line gives them."""
+def as_names(names: Sequence[str] | str) -> list[str]:
+    """``"layer1"`` or ``"layer1,layer3"`` as a list, as the command line gives them.
+
+    Raises:
+        OptionError: neither a string nor a list.
+    """
+    from twnn_plugin.errors import OptionError  # importing twnn_plugin imports this module
+
     if isinstance(names, str):
         return [part.strip() for part in names.split(",") if part.strip()]
+    if not isinstance(names, Iterable):
+        raise OptionError(
+            f"fpi_layers names layers, such as 'layer1,layer3' or ('layer1', 'layer3'), and () for none; got "
+            f"{names!r}."
+        )
     return list(names)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .dynalay import fill_missing
+from .dynalay import CHOICES, as_names, fill_missing
 from .staged import without_features
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["DynaLayRNN", "RecurrentPart", "dynalay_gru3", "dynalay_lstm3", "gru3
 TASKS = ("language", "classification")
 CELLS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 _EXAMPLE = 4  # time steps of the example that shapes are learnt from
+_SCALE, _MESSAGE = 0.1, "linear"
 
 
 class RecurrentPart(nn.Module):
@@ -109,9 +110,9 @@ class DynaLayRNN(nn.Module):
         drop_rate: float = 0.0,
         fpi_layers: Sequence[str] | None = None,
         policy: str | Policy | None = None,
-        max_choices: int = 3,
-        scale: float = 0.1,
-        message: str = "linear",
+        max_choices: int = CHOICES,
+        scale: float = _SCALE,
+        message: str = _MESSAGE,
         open_head: bool = False,
         in_chans: int = 3,
         **settings: Any,
@@ -133,7 +134,7 @@ class DynaLayRNN(nn.Module):
         for name in self.names:
             self.add_module(name, RecurrentPart(cell, hidden, hidden, padded, drop_rate))
         self.head = _Head(hidden, num_classes, task, drop_rate)
-        chosen = tuple(self.names if fpi_layers is None else _as_names(fpi_layers))
+        chosen = tuple(self.names if fpi_layers is None else as_names(fpi_layers))
         self.selection = self._select(
             chosen, policy, max_choices, settings, open_head, scale=scale, message=message, steps=True
         )
@@ -152,7 +153,11 @@ class DynaLayRNN(nn.Module):
 
         check_flag("open_head", open_head)
         if not chosen:
-            given = [*settings, *(["policy"] if policy is not None else [])]
+            plain = {"scale": _SCALE, "message": _MESSAGE, "steps": True}
+            asked = {"policy": policy is not None, "open_head": open_head}
+            asked |= {"max_choices": max_choices != CHOICES}
+            asked |= {name: value != plain[name] for name, value in connection.items()}
+            given = [*settings, *(name for name, said in asked.items() if said)]
             if given:
                 raise ConfigError(
                     f"{', '.join(given)}: no layer can be iterated (fpi_layers is empty), so that this would "
@@ -227,13 +232,6 @@ class DynaLayRNN(nn.Module):
                 )
         # Not F.dropout of zeros: padding must stay exactly zero, and it does.
         return F.dropout(self.embed(tokens), self.drop_rate, self.training)
-
-
-def _as_names(names: Sequence[str]) -> tuple[str, ...]:
-    """``"layer1"`` or ``"layer1,layer3"`` as a tuple, as the command line gives them."""
-    if isinstance(names, str):
-        return tuple(part.strip() for part in names.split(",") if part.strip())
-    return tuple(names)
 
 
 def _check(**chosen: tuple[str, tuple[str, ...]]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .dynalay import CONNECTION_OPTIONS, selected
+from .dynalay import CHOICES, CONNECTION_OPTIONS, selected
 from .dynalay_split import Split, split, stem, stem_multiply_adds
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class DynaLayNet(nn.Module):
         backbone: nn.Module,
         fpi_layers: Sequence[str] | str | None = None,
         policy: str | Policy | None = None,
-        max_choices: int = 3,
+        max_choices: int = CHOICES,
         open_head: bool = False,
         **options: Any,
     ):

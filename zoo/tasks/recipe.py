@@ -10,6 +10,7 @@ import timm
 
 from twnn_plugin.errors import nearest
 
+from ..config import SEED_MAX
 from ..errors import ConfigError
 from .catalog import TASKS, Task, find_task, task_of_model
 
@@ -125,6 +126,7 @@ class Recipe:
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         for name in ("warmup", "seed", "jacobian", "buffer", "select", "traced", "beyond", "late"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("seed", self.seed <= SEED_MAX, f"a whole number from 0 to {SEED_MAX}")
         self._require("free", 0 <= self.free[0] <= self.free[1], "fewest and most steps")
         self._require("graded", 1 <= self.graded[0] <= self.graded[1], "fewest and most steps, from 1 on")
         self._require("buffer", not 0 < self.buffer < self.batch_size, "0 or at least the batch size")

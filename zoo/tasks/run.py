@@ -26,7 +26,7 @@ from ..errors import CheckpointError, ConfigError
 from ..evaluate import autocast
 from ..models.reasoning import WEIGHTS
 from ..progress import Bar
-from ..runlog import METRICS, output_folder
+from ..runlog import METRICS, alone, output_folder
 from .catalog import SIZES, Task, check_model, find_task, task_of_model, task_size
 from .examples import Examples
 from .files import read_examples
@@ -93,7 +93,7 @@ def train_from_options(options: Mapping[str, Any], given: Mapping[str, Any], con
             raise ConfigError(f"{output} holds a run of {saved.model}, not of {model}.")
         chosen = {**changes, **({} if options.get(SIZES[task.name]) is None else {"size": size})}
         recipe = replace(saved, **chosen)  # settings that are not given are those of the run
-    with output_folder(output):
+    with output_folder(output), alone(output):
         return _train(recipe, task, options, output, state, console)
 
 
