@@ -151,6 +151,7 @@ def test_an_activation_by_module_and_by_any_spelling():
         ("verlet", {"split": 6}, tw.OptionError, "split must leave z"),
         ("verlet", {"split": 2, "augment": 2}, tw.OptionError, "exclude each other"),
         ("verlet", {"reversible": True, "activation": "prelu"}, tw.OptionError, "without parameters"),
+        ("verlet", {"reversible": True, "activation": nn.RReLU()}, tw.OptionError, "without random numbers"),
         ("verlet", {"reversible": 1}, tw.OptionError, "reversible must be"),
     ],
 )

@@ -86,6 +86,12 @@ def arrange(
         UnknownNameError: no such stage.
     """
     stages = backbone.stages(model)
+    if not stages and backbone.gathers(model):
+        raise AttachError(
+            f"The stages of this {type(model).__name__} are no modules of it (feature_cls='fx' makes one "
+            "graph of the model), so that no wormhole can be attached to them. Make it with "
+            "feature_cls='getter' or 'hook'."
+        )
     seen = survey(model, backbone, stages, _named(model, wormholes, stages))
     hidden = [stage.name for stage in stages if not seen.calls_in(stage.name)]
     if len(stages) - len(hidden) < 2 and hidden and AUTO in listed(wormholes):

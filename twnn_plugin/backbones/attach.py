@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .. import gates
@@ -210,10 +211,11 @@ class _Builder:
         """One of them, from examples of its target's input and its source's output."""
         try:
             path = path_of(self.message, out, self.channels_last)
-            feedback = Feedback(
-                *(str(spec), entry, out, self.gate, self.policy, self.settings),
-                *(self.channels_last, self.scale, self.aids, path),
-            )
+            with torch.device("cpu"):  # the same weights for a seed on any device
+                feedback = Feedback(
+                    *(str(spec), entry, out, self.gate, self.policy, self.settings),
+                    *(self.channels_last, self.scale, self.aids, path),
+                )
         except (OptionError, UnknownNameError):
             raise
         except ValueError as error:

@@ -118,7 +118,7 @@ def perturbed(
         sources: for each, (which module, which leaf of its output) the state is.
         whole: whether the pass is made to its end.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     entries: list[Tensor] = []
     signals: list[Any] = [None] * len(targets)
     states: list[Any] = [None] * len(sources)
@@ -129,7 +129,7 @@ def perturbed(
             if index == 0:
                 entries.append(value.clone())
             for wormhole in (w for w, target in enumerate(targets) if target == (index, place)):
-                noise = torch.randn(value.shape, generator=generator).to(value)
+                noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
                 # Mostly down, so that an activation that works in place shows: it cuts the new negatives off.
                 signals[wormhole] = (0.5 * noise - 0.5) * value.abs().mean()
                 value = value + signals[wormhole]

@@ -138,10 +138,15 @@ def with_leaf(tree: Any, position: int, value: Any) -> Any:
 
 
 class _Follower(TorchDispatchMode):
-    """Follows tensors between calls by their storages, which views share."""
+    """Follows tensors between calls by their storages, which views share.
 
-    def __init__(self) -> None:
+    Args:
+        proved: whether what is read off the pass is proved on values afterwards.
+    """
+
+    def __init__(self, proved: bool) -> None:
         super().__init__()
+        self.proved = proved
         self.depth = 0
         self.calls: list[Call] = []
         self.origins: dict[int, frozenset[Place]] = {}
@@ -150,6 +155,7 @@ class _Follower(TorchDispatchMode):
         self.holders: dict[int, list[Place]] = {}  # storage -> outputs that live in it
         self.changed: set[Place] = set()
         self.kept: list[Any] = []  # alive, so that no identity is given twice
+        self.entered: list[Any] = []  # the present call's inputs
         self.given: dict[int, list[int]] = {}  # storage -> positions among the present call's inputs
 
     def storage(self, value: Tensor) -> int:
@@ -171,6 +177,7 @@ class _Follower(TorchDispatchMode):
             return
         given = list(leaves((args, kwargs)))
         self.kept.append(given)
+        self.entered = given
         self.given = {}
         for position, value in enumerate(given):
             if isinstance(value, Tensor):
@@ -192,7 +199,11 @@ class _Follower(TorchDispatchMode):
             if not isinstance(value, Tensor):
                 continue
             key, place = self.storage(value), (index, position)
-            shared = key in self.given or key in fresh
+            # What is handed on as it is (by Identity, or Dropout in eval mode) is this call's from here on,
+            # for what the model computes of it as for the next module. Whether the model goes by the call, to
+            # what it was given, is seen by the proof.
+            handed = self.proved and key not in fresh and any(value is given for given in self.entered)
+            shared = not handed and (key in self.given or key in fresh)
             self.origins[key] = (self.origins.get(key, frozenset()) if shared else frozenset()) | {place}
             self.made[id(value)] = (place, self.versions[key])
             self.holders.setdefault(key, []).append(place)
@@ -250,7 +261,9 @@ def _hooked(nodes: Mapping[str, nn.Module], follower: _Follower) -> Iterator[Non
             handle.remove()
 
 
-def follow(run: Callable[[], Any], model: nn.Module, nodes: Mapping[str, nn.Module], batch: int) -> Flow:
+def follow(
+    run: Callable[[], Any], model: nn.Module, nodes: Mapping[str, nn.Module], batch: int, proved: bool = False
+) -> Flow:
     """Follow one pass.
 
     Args:
@@ -258,8 +271,9 @@ def follow(run: Callable[[], Any], model: nn.Module, nodes: Mapping[str, nn.Modu
         model: the model.
         nodes: the modules whose calls make the graph, by path; none of them inside another.
         batch: samples that ``run`` gives it.
+        proved: whether what is read off the pass is proved on values afterwards.
     """
-    follower = _Follower()
+    follower = _Follower(proved)
     with evaluating(model), _hooked(nodes, follower), follower:
         result = run()
     uses = [follower.use(value) for value in leaves(result) if isinstance(value, Tensor)]

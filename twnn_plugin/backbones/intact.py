@@ -37,21 +37,40 @@ class Intact:
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[AttachedGroup]):
-        paths = {module: path for path, module in reversed(list(model.named_modules()))}
+        self.model, self.groups = model, tuple(groups)
         self.passes = [group.passes for group in groups]
         self.steps: list[tuple[nn.Module, str, nn.Module]] = []
         """Parent, name and child, from the model down to each module that is looked after."""
         self.spans: list[tuple[str, str]] = []
         """For each of these the child's path and the span that needs it, for messages."""
+        self.chains: list[_Chain] = []
+        """The containers that spans go through."""
         self.watches: list[_Watch] = []
         """The hooks that are looked after."""
+        self.survey()
+
+    def survey(self) -> None:
+        """Take the model as it is now for what it was when the wormholes were attached.
+
+        Raises:
+            KeyError: a module of a span is no longer part of the model.
+        """
+        model = self.model
+        paths = {module: path for path, module in reversed(list(model.named_modules()))}
+        self.steps, self.spans, self.chains = [], [], []
         known: set[tuple[int, str]] = set()
-        for group in groups:
-            # Those in between are missed when they are not called: see ReplayedGroup and Rerun.
+        kept = {(type(watch), id(watch.module), watch.ahead): watch for watch in self.watches}
+        self.watches = []
+        for group in self.groups:
             modules = group.program.modules()
-            for module in dict.fromkeys((modules[0], modules[-1])):
+            for module in dict.fromkeys((modules[0], modules[-1], *modules)):
                 parent, path = model, ""
-                for name in paths[module].split("."):
+                names = paths[module].split(".")
+                if module not in (modules[0], modules[-1]):
+                    # Those in between are missed when they are not called (see ReplayedGroup and Rerun), but
+                    # in a new container there may be something beside them.
+                    names.pop()
+                for name in names:
                     child = parent.get_submodule(name)
                     path = f"{path}.{name}" if path else name
                     if (id(parent), name) not in known:
@@ -60,7 +79,10 @@ class Intact:
                         self.spans.append((path, group.name))
                     parent = child
             if isinstance(group, ReplayedGroup):  # where the forward is run again, so are all of its hooks
-                self.watches += _watches(model, group, [paths[module] for module in modules])
+                named = [paths[module] for module in modules]
+                self.chains += _chains(model, group.name, named)
+                for watch in _watches(model, group, named):
+                    self.watches.append(kept.get((type(watch), id(watch.module), watch.ahead), watch))
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_exporting():  # which has stand-ins for the modules; export has looked before
@@ -94,6 +116,8 @@ class Intact:
         for parent, name, child in self.steps:
             if getattr(parent, name, None) is not child:
                 self._refuse()
+        for chain in self.chains:
+            chain.check()
 
     def _refuse(self) -> None:
         for (parent, name, child), (path, span) in zip(self.steps, self.spans, strict=True):
@@ -104,6 +128,71 @@ class Intact:
                 "wormhole was attached (by timm's reparameterize_model, say), so that the wormhole could not "
                 "act. Do that to the plain model first, attach then, and load the weights of the wormholes."
             )
+
+
+class _Chain:
+    """Sees that nothing was put between the modules of a span: replays call those that they know.
+
+    Args:
+        path: of a container of modules of the span, for messages.
+        container: the container.
+        span: the name of the span.
+        first: the child that the span begins in; None: it begins before the container.
+        last: the child that it ends in; None: it goes on behind the container.
+    """
+
+    def __init__(
+        self, path: str, container: _Container, span: str, first: nn.Module | None, last: nn.Module | None
+    ):
+        self.path, self.container, self.span = path, container, span
+        self.first, self.last = first, last
+        self.children = _children(container)
+
+    def check(self) -> None:
+        """Raise if there is a module that was not there."""
+        now = _children(self.container)
+        same = len(now) == len(self.children)
+        # One by one: a compiler follows this, and not a comparison of lists of modules.
+        for child, known in zip(now, self.children):  # noqa: B905 - their number is looked at
+            if child is not known:
+                same = False
+        if not same:
+            self._look(now)
+
+    def _look(self, now: list[nn.Module]) -> None:
+        known = {id(child) for child in self.children}
+        places = {id(child): place for place, child in enumerate(now)}
+        begin = 0 if self.first is None else places[id(self.first)]
+        end = len(now) - 1 if self.last is None else places[id(self.last)]
+        for child in now[begin : end + 1]:
+            if id(child) not in known:
+                where = f"{self.path!r}, inside of span" if self.path else "the model, inside of span"
+                raise AttachError(
+                    f"A {type(child).__name__} was put into {where} {self.span!r}, after its wormhole was "
+                    "attached, so that the equation would be solved without it. Do that to the plain model "
+                    "first, attach then, and load the weights of the wormholes."
+                )
+
+
+_Container = nn.Sequential | nn.ModuleList | nn.ModuleDict
+
+
+def _children(container: _Container) -> list[nn.Module]:
+    return list(container.values() if isinstance(container, nn.ModuleDict) else container)
+
+
+def _chains(model: nn.Module, span: str, paths: Sequence[str]) -> Iterator[_Chain]:
+    """The containers of the modules of a span, which have these paths in the order of their calls."""
+    for path in dict.fromkeys(around for inner in paths for around in ["", *_around(inner)]):
+        container = model.get_submodule(path)
+        if not isinstance(container, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            continue
+        prefix = f"{path}." if path else ""
+        inside = [
+            end.removeprefix(prefix) if end.startswith(prefix) else None for end in (paths[0], paths[-1])
+        ]
+        first, last = (None if end is None else container.get_submodule(end.split(".")[0]) for end in inside)
+        yield _Chain(path, container, span, first, last)
 
 
 class _Watch(ABC):

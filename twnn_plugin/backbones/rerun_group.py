@@ -114,6 +114,7 @@ class RerunGroup(AttachedGroup):
         program, now = self.program, self.passes.now
         if now.replaying or self.unfinished():
             return own(*given[0], **given[1])
+        self.check_exporting()
 
         def begin(entry: Tensor) -> None:
             now.open_loop = OpenLoop(self.one_map, entry, self.training)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..adjoints.held import Reaching
@@ -18,6 +19,7 @@ from ..blocks.one_map import Frozen, OneMap
 from ..blocks.open_loop import OpenLoop
 from ..blocks.settle import at_rest, settle, settle_and_send
 from ..errors import AttachError
+from ..gates.constant import NeverGate
 from ..trees import rebuild
 from .flow import leaf_at
 from .wiring import Arguments, Placed, Program, Turns, Wiring, snapshot, versions
@@ -128,6 +130,22 @@ class AttachedGroup(Reaching):
             outs: (B, ...) the open-loop outputs of the sources.
         """
         return self.passes.now.how is None and not watched.active and at_rest(self.parts, outs)
+
+    def check_exporting(self) -> None:
+        """Raise if the pass is exported as it is: what is solved, and whether, depends on values."""
+        if not torch.compiler.is_exporting() or self.passes.now.how is not None:
+            return
+        if not all(isinstance(part.gate, NeverGate) for part in self.parts):
+            self.refuse_graph("torch.export.export")
+
+    def refuse_graph(self, what: str) -> NoReturn:
+        """Raise that ``what`` can make no graph of a solve."""
+        self.passes.now.open_loop = None
+        raise AttachError(
+            f"{what} cannot follow span {self.name!r}: whether it is solved, and in how many steps, depends "
+            "on values. tw.export(model, images) exports the form with a fixed number of steps, which "
+            "tw.unrolled(model, steps) makes for other tools."
+        )
 
     def reached(self) -> Sequence[nn.Module]:
         """What the group's map uses."""
@@ -252,6 +270,8 @@ class ReplayedGroup(AttachedGroup):
         if now.replaying:
             return
         entry = leaf_at((args, kwargs), self.program.nodes[0].entry)
+        if isinstance(entry, torch.fx.Proxy):
+            self.refuse_graph("torch.fx.symbolic_trace")
         if self.program.copies_entry:
             entry = entry.clone()
         now.by_hand, now.begun = not now.begun, False
@@ -267,6 +287,7 @@ class ReplayedGroup(AttachedGroup):
         now = self.passes.now
         if now.replaying or now.open_loop is None:
             return None
+        self.check_exporting()
         # A solve takes as many steps as its data need: a compiled model leaves its graph for it.
         # The unrolled form takes none in eval mode.
         steady = now.how is not None and not (self.training and torch.is_grad_enabled())
@@ -292,6 +313,8 @@ class ReplayedGroup(AttachedGroup):
         if self.rests(watched, self._found(output)) and wiring.fits(seen):
             self._forget()
             return None
+        if now.how is None and torch.jit.is_tracing():
+            self.refuse_graph("torch.jit.trace")
         silence = (None,) * len(self.parts)
         shared = wiring.template(seen)  # no activations, so that replays of two passes can be one map
         constants = wiring.constants(seen)

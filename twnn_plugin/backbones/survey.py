@@ -86,12 +86,13 @@ def survey(model: nn.Module, backbone: Backbone, stages: Sequence[Stage], ends: 
     """
     paths = [stage.name for stage in stages]
     errors: list[str] = []
+    proved = not any(parameter.is_meta for parameter in model.parameters())
     for inputs in backbone.examples(model, BATCHES):
         for stand_in in _stand_ins(model):
             nodes = candidates(stand_in, paths, ends)
             device = None if stand_in is model else "meta"
             try:
-                flows = [_follow(stand_in, nodes, value, device) for value in inputs]
+                flows = [_follow(stand_in, nodes, value, device, proved) for value in inputs]
             except Exception as error:  # whatever the model trips over: a size, a device
                 errors.append(_reason(error))
                 continue
@@ -129,14 +130,16 @@ def _stand_ins(model: nn.Module) -> Iterator[nn.Module]:
     yield model
 
 
-def _follow(model: nn.Module, nodes: Mapping[str, nn.Module], value: Any, device: str | None) -> Flow:
+def _follow(
+    model: nn.Module, nodes: Mapping[str, nn.Module], value: Any, device: str | None, proved: bool
+) -> Flow:
     def moved(leaf: Any) -> Any:
         return leaf.to(device) if isinstance(leaf, Tensor) and device else leaf
 
     given = rebuild(value, moved)
     batch = next(leaf.shape[0] for leaf in leaves(value) if isinstance(leaf, Tensor))
     with torch.device(device) if device else torch.device(torch.get_default_device()):
-        return follow(lambda: run(model, given), model, nodes, batch)
+        return follow(lambda: run(model, given), model, nodes, batch, proved)
 
 
 def grouped(ends: Sequence[Ends]) -> list[list[int]]:

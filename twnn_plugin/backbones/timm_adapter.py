@@ -21,6 +21,7 @@ __all__ = [
     "default_cfg",
     "entry_point",
     "from_elsewhere",
+    "groups",
     "is_registered",
     "register",
     "rename",
@@ -79,8 +80,8 @@ class TimmBackbone(Backbone):
         else:
             height, width = _image_size(model, (height, width))
         weight = next(model.parameters())
-        generator = torch.Generator().manual_seed(0)
-        value = torch.randn(batch, channels, height, width, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(0)
+        value = torch.randn(batch, channels, height, width, generator=generator, device="cpu")
         return value.to(weight.device, weight.dtype)
 
     def channels_last(self, model: nn.Module) -> bool:
@@ -144,6 +145,15 @@ def _numbered(model: nn.Module, declared: Sequence[Stage]) -> list[Stage]:
 def architectures() -> list[str]:
     """timm's own architectures."""
     return [name for name in timm.list_models() if entry_point(name).__module__.startswith("timm.")]
+
+
+def groups(model: nn.Module, matcher: Any) -> dict[str, int]:
+    """The group for layer decay of each parameter and of each module with parameters, by name."""
+    known: Any = [
+        find(model, matcher, reverse=True)
+        for find in (timm.models.group_modules, timm.models.group_parameters)
+    ]
+    return {name: int(group) for found in known for name, group in found.items()}
 
 
 def is_registered(name: str) -> bool:

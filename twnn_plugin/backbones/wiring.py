@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import AttachError
 from ..trees import leaves, rebuild
-from .flow import Call, Flow, Use, rows_per_sample
+from .flow import Call, Flow, Use, leaf_at, rows_per_sample
 from .plan import Plan, Refusal
 
 __all__ = [
@@ -45,12 +45,14 @@ class Source:
         rows: for a constant tensor, its rows per sample; 0 if it does not depend on the batch.
         count: for a constant number that counts samples, how many times.
         entry: whether it is the input of the chain.
+        dims: the axes of a constant tensor; None: it was none.
     """
 
     wire: tuple[int, int] | None = None
     rows: int = 0
     count: int = 0
     entry: bool = False
+    dims: int | None = None
 
     @property
     def kept(self) -> bool:
@@ -210,13 +212,17 @@ class Wiring(Program):
 
     def constants(self, seen: Sequence[Arguments]) -> tuple[Tensor, ...]:
         found: list[Tensor] = []
+        batch = self._batch(seen)
         for node, given in zip(self.nodes, seen, strict=True):
             if not any(source.rows for source in node.sources):
                 continue
             for leaf, source in zip(leaves(given), node.sources, strict=True):
-                if source.rows:
-                    found.append(split(leaf, source.rows))
+                if source.rows and isinstance(leaf, Tensor):
+                    found.append(split(leaf, _rows_now(node, source, leaf, batch)))
         return tuple(found)
+
+    def _batch(self, seen: Sequence[Arguments]) -> int:
+        return leaf_at(seen[0], self.nodes[0].entry).shape[0]
 
     def fits(self, seen: Sequence[Arguments]) -> bool:
         """Whether the calls were given as many arguments as ever, as far as a glance tells."""
@@ -232,6 +238,7 @@ class Wiring(Program):
             AttachError: a call was given other arguments than when the wormhole was attached.
         """
         kept = []
+        batch = self._batch(seen)
         for node, given in zip(self.nodes, seen, strict=True):
             if sum(1 for _ in leaves(given)) != len(node.sources):
                 raise AttachError(
@@ -239,7 +246,7 @@ class Wiring(Program):
                     "mask. Attach the wormhole to a model that is called in this way (example=...)."
                 )
             sources = iter(node.sources)
-            kept.append(rebuild(given, lambda leaf, s=sources: leaf if next(s).kept else None))
+            kept.append(rebuild(given, lambda leaf, n=node, s=sources: _template(n, next(s), leaf, batch)))
         return kept
 
     def replay(
@@ -265,9 +272,9 @@ class Wiring(Program):
                     return value.clone() if self.copies_entry and value is entry else value
                 if source.wire is not None:
                     leaf = outputs[source.wire[0]][source.wire[1]]
-                elif source.rows:
-                    leaf = next(fed)
-                    leaf = leaf.flatten(0, 1) if source.rows > 1 else leaf
+                elif isinstance(leaf, _Fed):
+                    leaf, fold = next(fed), leaf.rows > 1
+                    leaf = leaf.flatten(0, 1) if fold else leaf
                 elif source.count:
                     leaf = source.count * entry.shape[0]
                 return self._sent(node, leaf, signals) if position == node.entry else leaf
@@ -306,6 +313,43 @@ class Wiring(Program):
             signal = signals[wormhole]
             value = value if signal is None else value + signal
         return value
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """Stands in a template for a constant that comes from the rows, of which each sample has so many."""
+
+    rows: int
+
+
+def _template(node: Node, source: Source, leaf: Any, batch: int) -> Any:
+    """What is kept of one leaf of a call's arguments; None: it comes from a wire."""
+    if source.wire is not None or source.count or source.entry:
+        return None
+    if not isinstance(leaf, Tensor) or not leaf.dim():
+        return leaf
+    if source.rows:
+        return _Fed(_rows_now(node, source, leaf, batch))
+    if source.dims is None and leaf.shape[0] == batch > 1:
+        raise AttachError(
+            f"{node.path!r} is given a tensor of shape {tuple(leaf.shape)}, perhaps a mask with a row for "
+            "each sample, where it was given none when its wormhole was attached. Attach the wormhole to the "
+            "plain model with an example that has it: tw.attach(model, example=...)."
+        )
+    return leaf
+
+
+def _rows_now(node: Node, source: Source, leaf: Tensor, batch: int) -> int:
+    """The rows per sample of a constant in this pass: of windows, other image sizes have other numbers."""
+    if leaf.dim() == source.dims and leaf.shape[0] == source.rows * batch:
+        return source.rows
+    if leaf.dim() == source.dims and batch and leaf.shape[0] % batch == 0:
+        return leaf.shape[0] // batch
+    raise AttachError(
+        f"{node.path!r} is given a tensor of shape {tuple(leaf.shape)}, which has no rows for each of the "
+        f"{batch} samples, as it had when its wormhole was attached. Attach the wormhole to a model that is "
+        "called in this way (example=...)."
+    )
 
 
 def snapshot(args: Any, kwargs: Any) -> Arguments:
@@ -362,7 +406,7 @@ def wire(flow: Flow, other: Flow, found: Plan) -> Wiring:
 
 def _constant(call: Call, use: Any, same: Any, batch: int, other: int) -> Source:
     if isinstance(use, Use):
-        return Source(rows=_rows(call, use.shape, same.shape, batch, other))
+        return Source(rows=_rows(call, use.shape, same.shape, batch, other), dims=len(use.shape))
     if isinstance(use, int) and not isinstance(use, bool) and use != same:
         if use % batch == 0 and use // batch * other == same:
             return Source(count=use // batch)

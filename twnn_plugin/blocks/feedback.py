@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import AttachError, OptionError
 from ..gates import FollowsGate, Gate, GateOutput
 from ..gates.base import ordinary
 from ..regularise import jacobian_frobenius
@@ -94,6 +94,14 @@ class Feedback(Origin):
         """Identity: containers that run all their children in order are not disturbed."""
         return value
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script asks each module for this; else it stops at some annotation that it cannot read.
+        raise AttachError(
+            f"torch.jit.script cannot follow wormhole {self.span!r}: its equation is solved in Python. "
+            "tw.export(model, images) exports the form with a fixed number of steps, and torch.compile takes "
+            "the model as it is."
+        )
+
     @property
     def last(self) -> SpanRecord | None:
         """The record of the last pass; None before the first. One in which nothing opened is made here."""
@@ -150,10 +158,14 @@ class Feedback(Origin):
         probability = opinion.probability.detach()
         view = PolicyView(self.span, features, probability.amax(dim=1) if each else probability, opinion.open)
         wanted = opinion.open if self.policy is None else self.policy(view)
-        if wanted.shape != opinion.open.shape or wanted.dtype != torch.bool:
+        if not isinstance(wanted, Tensor) or wanted.shape != opinion.open.shape or wanted.dtype != torch.bool:
+            if isinstance(wanted, Tensor):
+                returned = f"{tuple(wanted.shape)} of {wanted.dtype}"
+            else:
+                returned = f"a {type(wanted).__name__}"
             raise OptionError(
                 f"Policy {type(self.policy).__name__} must return {tuple(opinion.open.shape)} booleans; it "
-                f"returned {tuple(wanted.shape)} of {wanted.dtype}."
+                f"returned {returned}."
             )
         some = opinion.strength.detach() > 0
         opened = wanted & (some.any(dim=1) if each else some)
@@ -188,10 +200,16 @@ class Feedback(Origin):
     def _features(self, out: Tensor) -> Tensor:
         """(B, C) what the gate looks at, in float32 or float64."""
         # The gate reads the activations but does not shape them: its gradient stays its own.
-        given = out.detach() if out.requires_grad else out
+        # Traced with gradients and checked without: both must be the same graph.
+        given = out.detach() if out.requires_grad or torch.jit.is_tracing() else out
         return pool(given, self.out_layout, torch.float64 if out.dtype == torch.float64 else torch.float32)
 
     def _check_opinion(self, opinion: GateOutput, rows: int) -> None:
+        if not isinstance(opinion, GateOutput):
+            raise OptionError(
+                f"Gate {type(self.gate).__name__} of span {self.span!r} must return a GateOutput; it "
+                f"returned a {type(opinion).__name__}."
+            )
         fits = [(rows,), (rows, self.message.scale.numel())]
         strength, probability = tuple(opinion.strength.shape), tuple(opinion.probability.shape)
         if strength not in fits or probability != strength or tuple(opinion.open.shape) != (rows,):
@@ -253,8 +271,14 @@ def _fill_own(module: Feedback, state: dict[str, Any], prefix: str, *rest: Any) 
 
 
 def fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Let a plain backbone's checkpoint load strictly: wormholes it knows nothing of stay as they are."""
+    """Let a plain backbone's checkpoint load strictly: wormholes it knows nothing of stay as they are.
+
+    Those on the meta device have no values to stay with, so that they are missing.
+    """
     if any(key.startswith(prefix) for key in state):
         return
-    for name, value in module.state_dict().items():
+    own = module.state_dict()
+    if any(value.is_meta for value in own.values()):
+        return
+    for name, value in own.items():
         state[prefix + name] = value

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import AttachError
 from .attention import attention, multihead
 from .draws import random_state, same
+from .recomputing import Lookout
 
 __all__ = ["PRESENT", "Frozen", "Moments", "Place"]
 
@@ -41,6 +42,7 @@ class _Present(threading.local):
     def __init__(self) -> None:
         self.watching: weakref.WeakSet[Any] = weakref.WeakSet()
         self.held: list[Frozen] = []
+        self.recomputing = 0  # blocks of our own gradient checkpointing that are being evaluated
 
 
 PRESENT = _Present()
@@ -69,6 +71,7 @@ class Frozen(TorchFunctionMode):
             training (spectral normalisation).
         entry: (B, ...) the span's input in the recorded pass.
         listen: called when a replay begins: lets :meth:`enter_layer` hear of the normalisations.
+        holders: where each thread notes itself for as long as the modules are in eval mode for it.
     """
 
     def __init__(
@@ -77,9 +80,10 @@ class Frozen(TorchFunctionMode):
         held: Iterable[nn.Module],
         entry: Tensor,
         listen: Callable[[], None],
+        holders: list[int],
     ):
         super().__init__()
-        self._listen = listen
+        self._listen, self._holders = listen, holders
         self.statistics, self.batch, self.device = dict(statistics), entry.shape[0], entry.device
         self.modules = tuple(held)
         self._modes: list[list[bool]] = []
@@ -90,6 +94,7 @@ class Frozen(TorchFunctionMode):
         """Moments of normalisations that no layer made: calls of ``F.batch_norm``."""
         self.spared = False
         """Whether running statistics that are not a batch's were kept from being counted again."""
+        self.lookout: Lookout | None = None  # who looks at the places where something is held
         self.current: int | None = None
         self.entered: dict[int, int] = {}
         self._go_to(Place(0, 0, {}, None))
@@ -113,6 +118,7 @@ class Frozen(TorchFunctionMode):
     def __enter__(self) -> Frozen:
         self._listen()
         PRESENT.held.append(self)
+        self._holders.append(threading.get_ident())
         self._modes.append([module.training for module in self.modules])
         for module in self.modules:
             module.training = False
@@ -122,6 +128,7 @@ class Frozen(TorchFunctionMode):
         PRESENT.held.remove(self)
         for module, mode in zip(self.modules, self._modes.pop(), strict=True):
             module.training = mode
+        self._holders.remove(threading.get_ident())
         super().__exit__(*error)
 
     @contextmanager
@@ -162,11 +169,11 @@ class Frozen(TorchFunctionMode):
     @contextmanager
     def shaken(self, amount: float) -> Iterator[None]:
         """Within this, the moments are off by some ``amount`` of their size, as rounding might have it."""
-        generator, kept = torch.Generator().manual_seed(0), (self.statistics, self.functional)
+        generator, kept = torch.Generator("cpu").manual_seed(0), (self.statistics, self.functional)
 
         def off(moments: Moments) -> Moments:
             var, mean = moments
-            one, two = (torch.randn(var.shape, generator=generator).to(var) for _ in range(2))
+            one, two = (torch.randn(var.shape, generator=generator, device="cpu").to(var) for _ in range(2))
             return var * (1 + amount * one), mean + amount * two * (mean.abs() + var.sqrt())
 
         self.statistics = {norm: [off(m) for m in calls] for norm, calls in self.statistics.items()}
@@ -223,8 +230,13 @@ class Frozen(TorchFunctionMode):
             return self._draw(torch.Size(size), lambda: func(*args, **kwargs)).clone()
         return func(*args, **kwargs)
 
+    def _look(self) -> None:
+        if self.lookout is not None and not PRESENT.recomputing:
+            self.lookout.look()
+
     def _draw(self, shape: torch.Size, make: Callable[[], Tensor]) -> Tensor:
         """What was drawn at this place in the recorded pass, for the rows at hand."""
+        self._look()
         if self.recording:
             drawn = make()
             self.draws.append(drawn)
@@ -274,6 +286,8 @@ class Frozen(TorchFunctionMode):
     def _moments(self, input: Tensor, training: bool) -> Moments | None:
         """The moments that the call at hand used in the open-loop pass; None: running statistics."""
         layer, self.current = self.current, None
+        if layer is not None or training:
+            self._look()
         if layer is not None:
             calls, count = self.statistics[layer], self.used.get(layer, 0)
             self.used[layer] = count + 1

@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 from itertools import pairwise
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,10 @@ class Message(nn.Module):
         scale = self.scale
         if self.contraction is not None:
             scale = scale * (self.contraction / scale.abs().amax().clamp_min(self.contraction))
-        return self.project.weight * scale[:, None]
+        weight: Any = self.project.weight
+        if not isinstance(weight, Tensor):  # a quantised layer's is a method
+            weight = weight().dequantize()
+        return weight * scale[:, None]
 
     def forward(self, state: Tensor, size: torch.Size, weight: Tensor | None = None) -> Tensor:
         """The message for an input of shape ``size`` (batch first).

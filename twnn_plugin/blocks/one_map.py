@@ -65,6 +65,8 @@ class OneMap:
         functional: whether the span normalises batches by calls of ``F.batch_norm`` that no layer makes;
             None before a pass was looked at.
         counts: whether it has running statistics besides those of its BatchNorm layers.
+        holders: the threads in which the normalisations are held in eval mode at the moment.
+        looked: whether a replay with gradients was looked at: see :mod:`~twnn_plugin.blocks.recomputing`.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
@@ -76,6 +78,8 @@ class OneMap:
         self.heard = _Heard()
         self.functional: bool | None = None
         self.counts = False
+        self.looked = False
+        self.holders: list[int] = []
         self._look()
 
     def _look(self) -> None:
@@ -135,6 +139,8 @@ class OneMap:
     def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(norm, _BatchNorm)
         heard = self.heard
+        if heard.watching and self.holders:
+            self._check_alone()
         if heard.watching and _by_batch(norm):
             # Here and not at the end of the pass, so that a part of it which is computed again in the
             # backward pass, to save memory, owns what the statistics keep.
@@ -145,6 +151,16 @@ class OneMap:
             if id(norm) in frozen.statistics:
                 frozen.enter_layer(norm)
                 break
+
+    def _check_alone(self) -> None:
+        """Raise if another thread has put the normalisations of this thread's pass into eval mode."""
+        if self.heard.repeating or all(holder == threading.get_ident() for holder in self.holders):
+            return
+        raise AttachError(
+            "Two threads train one model at once: while the span of one is iterated, its batch "
+            "normalisations stand still, and the other's pass would go by their running statistics. Give "
+            "each thread a copy of the model (copy.deepcopy), or let one train at a time."
+        )
 
     def open_loop(self, active: bool) -> None:
         """Start (or stop) to watch the open-loop pass."""

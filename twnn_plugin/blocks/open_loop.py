@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..adjoints import transforms
 from ..errors import AttachError
 from ..trees import leaves
 from .draws import random_state, restore, same
 from .one_map import Frozen, OneMap
+from .recomputing import Lookout, refuse_recomputed
 
 __all__ = ["OpenLoop"]
 
@@ -64,26 +66,52 @@ class OpenLoop:
         drew = not same(self.before, after)
         if not one_map.needed(drew):
             return out, None
-        frozen = Frozen(one_map.statistics(), one_map.held(), self.entry, one_map.listen)
+        frozen = Frozen(one_map.statistics(), one_map.held(), self.entry, one_map.listen, one_map.holders)
         if not drew and one_map.functional is False:
+            self._look(frozen, again)
             return out, frozen
         new, buffers = one_map.functional is None, one_map.buffers()
-        restore(self.entry.device, self.before)
-        try:
-            with frozen.record():
-                recorded = again()
-        finally:
-            restore(self.entry.device, after)
+        wanted = drew or bool(one_map.functional)  # else nobody needs the graph of what is recorded
+
+        def record() -> Out:
+            restore(self.entry.device, self.before)
+            try:
+                with frozen.record(), torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+                    return again()
+            finally:
+                restore(self.entry.device, after)
+
+        recorded = record()
         functional = bool(frozen.functional) if new else bool(one_map.functional)
+        if functional and not wanted:
+            wanted = True
+            recorded = record()
         if new:
             one_map.check_unchanged(buffers)
             one_map.counts = frozen.spared
             # Where numbers are drawn, kernels may draw otherwise than what stands in for them.
-            if drew or _same_map(out, recorded, frozen, again):
+            with torch.no_grad():
+                alike = drew or _same_map(out, recorded, frozen, again)
+            if alike:
                 one_map.functional = functional
+        self._look(frozen, again)
         if drew or functional:
             return recorded, frozen
         return out, frozen if frozen.statistics or frozen.modules or one_map.counts else None
+
+    def _look(self, frozen: Frozen, again: Callable[[], Any]) -> None:
+        """Once, where there are gradients: refuse what is computed again without what is held fixed."""
+        held = frozen.statistics or frozen.functional or frozen.draws
+        if self.one_map.looked or not held or not torch.is_grad_enabled() or transforms.active():
+            return
+        lookout = frozen.lookout = Lookout()
+        try:
+            with lookout.watching(), frozen.replay(None):
+                found = again()
+        finally:
+            frozen.lookout = None
+        refuse_recomputed(lookout, found, self.entry)
+        self.one_map.looked = True
 
 
 def _same_map(out: Any, again: Any, frozen: Frozen, replay: Callable[[], Any]) -> bool:

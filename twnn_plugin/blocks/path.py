@@ -88,5 +88,5 @@ def _example(path: nn.Module, state: Tensor) -> Tensor:
         device = torch.device("cpu")
     if device.type == "meta":
         return torch.empty(state.shape, dtype=dtype, device=device)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(state.shape, generator=generator).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(state.shape, generator=generator, device="cpu").to(device, dtype)

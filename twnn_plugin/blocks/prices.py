@@ -23,7 +23,7 @@ def set_prices(model: nn.Module, parts: Sequence[Feedback], forward: Callable[[]
 
     Counted on a pass with the wormhole closed and one with it open for a single replay. Wormholes that are
     solved together have the price of their group, and all groups share the budget evenly. Nothing is
-    done where no gate has such a budget.
+    done where no gate has such a budget, or the model is on the meta device.
 
     Args:
         model: what the parts belong to.
@@ -35,6 +35,8 @@ def set_prices(model: nn.Module, parts: Sequence[Feedback], forward: Callable[[]
     """
     if not any(isinstance(part.gate, LearnedGate) and part.gate.counts_cost() for part in parts):
         return
+    if any(p.is_meta for part in parts for p in part.parameters()):
+        return  # a model without values makes no pass: its prices come with the weights, as buffers
     plain = _count(model, parts, forward, ())
     if plain == 0:
         raise OptionError("The multiply-adds of this model cannot be counted; give budget as a share.")

@@ -36,7 +36,8 @@ class Costs:
         self.again = tuple(sum(parts[place + 1 :]) for place in places)
         self.replay = tuple(parts[place] + message for place, message in zip(places, messages, strict=True))
         whole = max(self.total, 1)
-        self.prices = torch.tensor([(r + a) / whole for r, a in zip(self.replay, self.again, strict=True)])
+        prices = [(r + a) / whole for r, a in zip(self.replay, self.again, strict=True)]
+        self.prices = torch.tensor(prices, device="cpu")
 
 
 def probe(modules: Sequence[nn.Module], names: Sequence[str], example: Tensor) -> list[Tensor]:

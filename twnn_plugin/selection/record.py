@@ -81,7 +81,7 @@ class SelectionRecord:
     def shares(self) -> dict[str, float]:
         """How often each choice was made among all, ``"nop"`` first; they sum to 1 if one layer is picked."""
         total = sum(d.index.numel() for d in self.decisions)
-        picked = torch.zeros(len(self.layers))
+        picked = torch.zeros(len(self.layers), device="cpu")
         nop = 0
         for decision in self.decisions:
             chosen = decision.selection.layers

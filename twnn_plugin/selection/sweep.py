@@ -61,7 +61,8 @@ class Sweeps:
         self.rows = [0] * len(owner.modules_in_order)
         self.evaluations, self.solved = [0] * count, [0] * count
         self.fallback = torch.zeros(batch, count, dtype=torch.bool, device=x.device)
-        self.opened = torch.zeros(batch, dtype=torch.bool)  # on the host, as all that says who is computed
+        # On the host, as all that says who is computed.
+        self.opened = torch.zeros(batch, dtype=torch.bool, device="cpu")
         self.executed = 0
         self.decisions: list[Decision] = []
         self.states: list[Tensor] = [x]
@@ -70,7 +71,7 @@ class Sweeps:
     def run(self) -> Tensor:
         self._open_loop()
         self.closed = self.states[-1]
-        remaining = torch.arange(self.x.shape[0])
+        remaining = torch.arange(self.x.shape[0], device="cpu")
         for step in range(self.owner.max_choices):
             if remaining.numel() == 0:
                 break
@@ -98,11 +99,13 @@ class Sweeps:
         owner, everyone = self.owner, active.numel() == self.x.shape[0]
 
         def pick(value: Tensor) -> Tensor:
-            return value if everyone else value[active]
+            # Copies: the pass goes on to change these, and a policy's graph may hold what it was shown.
+            return value.clone() if everyone else value[active]
 
         features = []
         for place, layout in zip(owner.places, owner.layouts, strict=True):
-            state = pick(self.states[place + 1].detach())
+            state = self.states[place + 1].detach()
+            state = state if everyone else state[active]
             features.append(pool(state.to(torch.promote_types(state.dtype, torch.float32)), layout))
         return SelectionView(
             owner.iterated,
@@ -114,7 +117,7 @@ class Sweeps:
             pick(self.repeats),
             pick(self.spent),
             pick(self.residual),
-            pick(self.states[-1].detach()),
+            self.states[-1].detach() if everyone else self.states[-1].detach()[active],
             active,
             tuple(self.states[p].shape == self.states[p + 1].shape for p in owner.places),
             tuple(i > 0 and owner.places[i - 1] == p - 1 for i, p in enumerate(owner.places)),
@@ -140,7 +143,7 @@ class Sweeps:
             selection: what they chose.
         """
         owner = self.owner
-        nobody = torch.zeros(self.x.shape[0], dtype=torch.bool)
+        nobody = torch.zeros(self.x.shape[0], dtype=torch.bool, device="cpu")
         moved, skip = nobody, None if selection.skip is None else selection.skip.cpu()
         for place in range(len(owner.modules_in_order)):
             mine = skipped = nobody

@@ -138,8 +138,8 @@ class TemporalSpan(Origin):
         One a decision, window after window; (0,) before the first pass, and scores of a gate that has none.
         """
         scores = [asked.scores for asked in self._asked if asked.scores is not None]
-        opened = [asked.opened for asked in self._asked] or [torch.empty(0, dtype=torch.bool)]
-        return torch.cat(scores) if scores else torch.empty(0), torch.cat(opened)
+        opened = [asked.opened for asked in self._asked] or [torch.empty(0, dtype=torch.bool, device="cpu")]
+        return torch.cat(scores) if scores else torch.empty(0, device="cpu"), torch.cat(opened)
 
     def choose(self, out: Tensor, valid: Tensor, before: Tensor) -> Choice:
         """Ask the gate and the policy.

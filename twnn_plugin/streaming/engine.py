@@ -174,7 +174,7 @@ class Engine:
 
     def _begin(self) -> None:
         """Start the next batch; a batch that cannot be had is an error that waits for its turn."""
-        work = _Pass(self.report.batches + len(self._line), torch.empty(0), None)
+        work = _Pass(self.report.batches + len(self._line), torch.empty(0, device="cpu"), None)
         try:
             work.images, work.rest = next(self.batches)
         except StopIteration:

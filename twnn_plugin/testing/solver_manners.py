@@ -20,7 +20,15 @@ from ..solvers import StepSolver
 from ..state import Layout
 from ..types import Iteration, Status
 from . import problems
-from .case import NotApplicable, SolverCase, assert_converged_rows, close, quiet_fix, solver_check, true_residual
+from .case import (
+    NotApplicable,
+    SolverCase,
+    assert_converged_rows,
+    close,
+    quiet_fix,
+    solver_check,
+    true_residual,
+)
 from .problems import Problem
 from .solver_results import counted, take
 
@@ -312,7 +320,9 @@ def rows_that_start_anew(case: SolverCase) -> None:
             z, state = solver.step(everybody, z, fz, fz - z, state)
             ages = [age + 1 for age in ages]
             for row, age in enumerate(ages):
-                close(z[row], alone[row][age - 1], 1e-8, f"iterate {age} of row {row}, which began anew", 1e-10)
+                close(
+                    z[row], alone[row][age - 1], 1e-8, f"iterate {age} of row {row}, which began anew", 1e-10
+                )
 
 
 def _iterates(solver: StepSolver, problem: Problem, row: int, steps: int) -> list[Tensor]:

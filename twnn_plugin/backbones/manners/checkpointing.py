@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # the documented common base 
 from torch.utils.checkpoint import checkpoint
 
 from ...adjoints import transforms
+from ...blocks.frozen import PRESENT
 from ...blocks.one_map import Bookmark, bookmark
 from ...blocks.wormhole import Wormhole
 from ...errors import AttachError
@@ -64,7 +65,11 @@ class Recomputed:
 
     def _evaluate(self, kwargs: dict[str, Any], *args: Any) -> Any:
         args, kwargs = _copied((args, kwargs))
-        return type(self.block).forward(self.block, *args, **kwargs)
+        PRESENT.recomputing += 1
+        try:
+            return type(self.block).forward(self.block, *args, **kwargs)
+        finally:
+            PRESENT.recomputing -= 1
 
 
 def _copied(given: Any) -> Any:

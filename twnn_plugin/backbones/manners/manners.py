@@ -7,9 +7,11 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...errors import AttachError
+from .. import timm_adapter
 from ..closed_head import CLOSED_HEAD, ClosedHead
 from ..intact import guard
 from ..span import AttachedGroup, spans
@@ -64,14 +66,34 @@ class Manners:
         mine = {f"{self.child}.{name}" for name, p in holder.named_parameters() if p.dim() <= 1}
         return mine | set(own() if own is not None else ())
 
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Groups for layer decay, for a model whose class has none: timm's own, wormholes in the last one.
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Groups for layer decay: those of the plain model, the wormholes in the last one.
 
-        As timm does without a matcher, twelve parameters are a group, and the classifier's are the last. The
-        backbone's groups are those of the plain model.
+        Without a classifier, which timm has in a group of its own, that is the backbone's last.
 
         Args:
-            coarse: as in timm; there is but one division.
+            coarse: as in timm.
+
+        Returns:
+            What timm takes: its own patterns, or a function of the name of a parameter or module.
+        """
+        own = self.own("group_matcher")
+        if own is None:
+            return self._divided()
+        matcher = own(coarse=coarse)
+        groups = timm_adapter.groups(self.model, matcher)
+        children = (self.child, CLOSED_HEAD)
+        added = {name: group for name, group in groups.items() if name.split(".")[0] in children}
+        last = max((group for name, group in groups.items() if name not in added), default=0)
+        if all(group <= last for group in added.values()):
+            return matcher
+        groups.update(dict.fromkeys(added, last))
+        return lambda name: groups.get(name, last)
+
+    def _divided(self) -> Callable[[str], int]:
+        """Groups for a model whose class has none, as timm makes them.
+
+        Twelve parameters are a group, and the classifier's are the last.
 
         Returns:
             The group of a parameter or module by its name.
@@ -106,6 +128,11 @@ class Manners:
         With open rows the spans are evaluated once more, at the solution. Where ``stop_early`` would stop
         inside of a span, the pass goes on to its end.
         """
+        # A compiler cannot follow a pass whose modules answer from memory: it leaves its graph for it.
+        gather = _intermediates_outside if torch.compiler.is_compiling() else Manners._intermediates
+        return gather(self, *args, **kwargs)
+
+    def _intermediates(self, *args: Any, **kwargs: Any) -> Any:
         own = self.own("forward_intermediates")
         assert own is not None
         self.intact(self.model, args)
@@ -116,6 +143,10 @@ class Manners:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The features of a model made with ``features_only``; those inside of a span at its fixed point."""
+        gather = _features_outside if torch.compiler.is_compiling() else Manners._features
+        return gather(self, *args, **kwargs)
+
+    def _features(self, *args: Any, **kwargs: Any) -> Any:
         own = self.own("forward")
         assert own is not None
         return self._settled(lambda: own(*args, **kwargs))
@@ -143,7 +174,9 @@ class Manners:
                     f"Pruning would remove {lost!r}, a part of span {group.name!r}. Keep the stages up to "
                     "the end of the span, or attach the wormhole to the pruned model."
                 )
-        return own(*args, **kwargs)
+        found = own(*args, **kwargs)
+        self.intact.survey()  # timm puts what is left into containers of its own making
+        return found
 
     def _lost(self, group: AttachedGroup, args: Any, kwargs: Any) -> str | None:
         """The path of a module of the group that pruning removes; found on a copy that shares the weights."""
@@ -177,6 +210,10 @@ class Manners:
         return False
 
 
+_intermediates_outside: Callable[..., Any] = torch.compiler.disable(Manners._intermediates)  # type: ignore[call-arg]
+_features_outside: Callable[..., Any] = torch.compiler.disable(Manners._features)  # type: ignore[call-arg]
+
+
 def _within(path: str, stage: str) -> bool:
     return path == stage or path.startswith(stage + ".") or stage.startswith(path + ".")
 
@@ -194,11 +231,9 @@ def adopt(
         features: whether its output is a list of features (``features_only``).
     """
     manners = Manners(model, child, stages)
-    names = ["set_grad_checkpointing", "no_weight_decay"]
+    names = ["set_grad_checkpointing", "no_weight_decay", "group_matcher"]
     standing = ("forward_features", "forward_intermediates", "prune_intermediate_layers")
     names += [n for n in standing if hasattr(type(model), n)]
-    if not hasattr(model, "group_matcher"):
-        names.append("group_matcher")
     for name in names + ["forward"] * features:
         if name not in vars(model):
             setattr(model, name, getattr(manners, name))

@@ -105,7 +105,7 @@ _CLOSED: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
 @cache
 def _gauss() -> tuple[Tensor, Tensor]:
     """Nodes and weights on [0, 1] (Golub & Welsch 1969), float64."""
-    k = torch.arange(1, _NODES, dtype=torch.float64)
+    k = torch.arange(1, _NODES, dtype=torch.float64, device="cpu")
     beta = k / (4 * k.square() - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(beta, 1) + torch.diag(beta, -1))
     return (nodes + 1) / 2, vectors[0].square()

@@ -204,7 +204,7 @@ def _gradients(states: list[Tensor], generator: torch.Generator | None) -> Tenso
     """(N + 1, B) norms of a unit cotangent of the last state at each state."""
     last = states[-1].detach()
     if generator is None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randn(last.shape, generator=generator, dtype=torch.float64, device=generator.device)
     cotangent = drawn.to(last)
     cotangent = cotangent / _norms(cotangent).reshape(-1, *[1] * (last.dim() - 1))

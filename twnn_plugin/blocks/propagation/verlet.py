@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import MapError, OptionError
 from .activations import Activation, antiderivative
@@ -43,7 +44,8 @@ class Verlet(Propagator):
         reversible: keep no states for the backward pass.
 
     Raises:
-        OptionError: an option out of range, or ``reversible`` with an activation that has parameters.
+        OptionError: an option out of range, or ``reversible`` with an activation that has parameters, or
+            that draws random numbers.
     """
 
     def __init__(
@@ -69,6 +71,12 @@ class Verlet(Propagator):
             raise OptionError(
                 f"reversible=True takes an activation without parameters; {type(self.activation).__name__} "
                 "has some, and they would get no gradient."
+            )
+        if reversible and _draws(self.activation):
+            raise OptionError(
+                "reversible=True takes an activation without random numbers; "
+                f"{type(self.activation).__name__} draws some in training, and would draw others when the "
+                "states are worked out again."
             )
         self.reversible = reversible
 
@@ -179,6 +187,16 @@ class Verlet(Propagator):
 
     def _at_z(self, y: Tensor, operator: Operator) -> Tensor:
         return linear(y, operator[1], operator[3] if len(operator) > 2 else None)
+
+
+def _draws(activation: nn.Module) -> bool:
+    """Whether an activation draws random numbers in training; seen on a copy."""
+    tried = copy.deepcopy(activation).train()
+    probe = torch.linspace(-2, 2, 16, device="cpu").reshape(2, 8)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        before = torch.get_rng_state()
+        tried(probe)
+        return not torch.equal(before, torch.get_rng_state())
 
 
 def _split(features: int, split: int | None, augment: int) -> int:
