@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import twnn_plugin as tw
@@ -88,8 +90,10 @@ def convert(module: nn.Module) -> nn.Module:
     return converted
 
 
-def wrap(model: nn.Module, options: dict[str, Any]) -> DistributedDataParallel:
-    """DistributedDataParallel, which refuses to begin where it sees a ``SyncBatchNorm`` on the CPU."""
+def wrap(model: nn.Module, options: dict[str, Any] | None) -> nn.Module:
+    """FSDP, or DistributedDataParallel, which refuses to begin where it sees ``SyncBatchNorm`` on the CPU."""
+    if options is None:
+        return fully_shard(model)
     layers = [m for m in model.modules() if isinstance(m, CpuSyncBatchNorm)]
     for layer in layers:
         layer.__class__ = nn.BatchNorm2d
@@ -97,6 +101,23 @@ def wrap(model: nn.Module, options: dict[str, Any]) -> DistributedDataParallel:
     for layer in layers:
         layer.__class__ = CpuSyncBatchNorm
     return wrapped
+
+
+def whole(value: Tensor) -> Tensor:
+    """A copy of a tensor, all of it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+
+
+def sharded_in_parts() -> str:
+    """What a pass says whose span's modules are sharded one by one."""
+    model = vit(**BENEFIT)
+    for block in model.blocks:
+        fully_shard(block)
+    try:
+        model(torch.randn(2, 3, 8, 8))
+    except tw.AttachError as error:
+        return str(error)
+    return ""
 
 
 # Models -------------------------------------------------------------------------------------------------
@@ -150,7 +171,7 @@ class Scenario:
         twins: the second half of the batch is the first in another order.
         updates: passes, each with its own gradients.
         accumulate: pieces of the batch whose gradients add up, all but the last under ``no_sync``.
-        options: of DistributedDataParallel.
+        options: of DistributedDataParallel; None: fully sharded as a whole (FSDP) in its place.
         sides: pixels a side.
     """
 
@@ -159,7 +180,7 @@ class Scenario:
     twins: bool = False
     updates: int = 1
     accumulate: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] | None = field(default_factory=dict)
     side: int = 8
 
 
@@ -180,6 +201,10 @@ SCENARIOS = {
     "static graph": Scenario(lambda: vit(**BENEFIT), SOME, updates=2, options={"static_graph": True}),
     "bucket views": Scenario(
         lambda: vit(**BENEFIT), SOME, updates=2, options={"gradient_as_bucket_view": True}
+    ),
+    "sharded": Scenario(lambda: vit(**BENEFIT), FIRST, options=None),
+    "sharded, batch norms": Scenario(
+        lambda: frozen_norms(resnet(wormholes="layer3->layer2", **BENEFIT)), SOME, options=None
     ),
     "sync before": Scenario(
         lambda: tw.attach(
@@ -240,7 +265,7 @@ def train(scenario: Scenario, rank: int | None) -> dict[str, Any]:
             with nullcontext() if rank is None or last else wrapped.no_sync():
                 loss = F.cross_entropy(wrapped(x[mine]), targets[mine]) / len(pieces)
                 loss.backward()
-        updates.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        updates.append({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
     return {
         "updates": updates,
         "missing": [name for name, p in model.named_parameters() if p.grad is None],
@@ -304,12 +329,15 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     try:
         both = {name: train(scenario, rank) for name, scenario in SCENARIOS.items()}
-        refusal = real_sync_batch_norm()
+        refusal, in_parts = real_sync_batch_norm(), sharded_in_parts()
         zoo = run_zoo()
     finally:
         dist.destroy_process_group()
     torch.save(
-        {"single": single, "both": both, "refusal": refusal, "zoo": zoo, "zoo single": zoo_single},
+        {
+            **{"single": single, "both": both, "refusal": refusal, "in parts": in_parts},
+            **{"zoo": zoo, "zoo single": zoo_single},
+        },
         folder / f"{rank}.pt",
     )
 

@@ -67,6 +67,11 @@ def test_gradients_are_those_of_one_process(ranks, name):
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
+def test_modules_of_a_span_are_not_sharded_one_by_one(ranks):
+    for rank in ranks:
+        assert "FSDPBlock of span" in rank["in parts"] and "fully_shard(model)" in rank["in parts"]
+
+
 def test_the_scenarios_are_what_they_say(ranks):
     def both(name, what):
         return [rank["both"][name][what] for rank in ranks]

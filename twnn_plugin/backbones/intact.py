@@ -5,6 +5,7 @@ And that the hooks on them are those that were there, or such as do no harm.
 
 from __future__ import annotations
 
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..blocks.companion import PerThread
@@ -97,6 +99,9 @@ class Intact:
     def look(self) -> None:
         """Raise if a module is not where it was, and see to hooks that have come since the last pass."""
         self._in_place()
+        kinds = _sharding()
+        if kinds:
+            self._check_whole(kinds)
         for watch in self.watches:
             if [*watch.hooks] != watch.keys:
                 with _RENEWING:
@@ -119,6 +124,20 @@ class Intact:
         for chain in self.chains:
             chain.check()
 
+    def _check_whole(self, kinds: tuple[type, ...]) -> None:
+        """Raise if a part of a span gathers its weights from other processes whenever it is called."""
+        inside = [(group.name, module) for group in self.groups for module in group.program.modules()]
+        around = [(chain.span, chain.container) for chain in self.chains if chain.path]
+        found = [(span, inner) for span, module in inside for inner in module.modules()]
+        for span, module in [*found, *around]:
+            if isinstance(module, kinds):
+                raise AttachError(
+                    f"A {type(module).__name__} of span {span!r} is sharded by itself (FSDP), so that "
+                    "processes would wait for each other at each evaluation, and they iterate for different "
+                    "times. Shard the model as a whole, fully_shard(model), and by themselves only modules "
+                    "outside of spans."
+                )
+
     def _refuse(self) -> None:
         for (parent, name, child), (path, span) in zip(self.steps, self.spans, strict=True):
             if getattr(parent, name, None) is child:
@@ -128,6 +147,14 @@ class Intact:
                 "wormhole was attached (by timm's reparameterize_model, say), so that the wormhole could not "
                 "act. Do that to the plain model first, attach then, and load the weights of the wormholes."
             )
+
+
+def _sharding() -> tuple[type, ...]:
+    """The classes of modules that are sharded over processes; none where there are no such modules."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not dist.is_available() or not dist.is_initialized():
+        return ()
+    return fsdp.FSDPModule, fsdp.FullyShardedDataParallel
 
 
 class _Chain:

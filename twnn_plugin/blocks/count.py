@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -106,23 +107,44 @@ def group_multiply_adds(
         replay: the union of their spans as a function.
         parts: the modules of the spans, to be put into eval mode meanwhile.
     """
-    # In the weights' own dtype: the pass may have run under autocast, and this does not.
-    like = feedbacks[0].message.scale.detach()
     assert feedbacks[0].shapes is not None
     _, _, constants, entry = feedbacks[0].shapes
-    constants = [c.to(like.dtype) if c.is_floating_point() else c for c in constants]
     modes = [(module, module.training) for part in parts for module in part.modules()]
     counter = FlopCounterMode(display=False)
     try:
         for module, _ in modes:
             module.training = False
-        with torch.no_grad(), counter:
+        with torch.no_grad(), _whole([*parts, *feedbacks]), counter:
+            # In the weights' own dtype: the pass may have run under autocast, and this does not.
+            like = feedbacks[0].message.scale.detach()
+            constants = [c.to(like.dtype) if c.is_floating_point() else c for c in constants]
             signals = tuple(_signal(feedback, like) for feedback in feedbacks)
             replay(like.new_zeros(1, *entry), signals, *constants)
     finally:
         for module, mode in modes:
             module.training = mode
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _whole(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within this, zeros stand for weights of which each process has a piece: what counts is shapes."""
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    pieces = [
+        (module, name, weight)
+        for part in modules
+        for module in part.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if isinstance(weight, sharded)
+    ]
+    try:
+        for module, name, weight in pieces:
+            zeros = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+            module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+        yield
+    finally:
+        for module, name, weight in pieces:
+            module.register_parameter(name, weight)
 
 
 def _signal(feedback: Feedback, like: Tensor) -> Any:
