@@ -1,4 +1,4 @@
-"""What is known of the rows that are being solved for, where the host looks at every evaluation."""
+"""What is known of the rows that are being solved for, on the CPU, where looks cost little."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class HostRows:
         change, size = measure(r, fz, control.norm, control.parts)
         bound = self._threshold(size)
         going_on, stuck = self._going_on(change, size, bound)
-        goes = going_on.tolist()  # the one look
+        goes = going_on.tolist()
         oldest = self._now - control.max_iter  # rows born then have had their last evaluation
         spent = [place for place, born in enumerate(self._born) if born <= oldest and goes[place]]
         for place in spent:

@@ -46,9 +46,12 @@ class Pool:
         self._waiting: deque[Request] = deque()
         self._places: list[tuple[Request, int] | None] = []  # whose row it is; None: done and delivered
         self._context = tuple(c[:0] for c in first.equation.context)
-        every = self.control.check_every or (1 if first.z.device.type == "cpu" else _EVERY)
+        at_hand = first.z.device.type == "cpu"  # looks at numbers cost little
+        every = self.control.check_every or (1 if at_hand else _EVERY)
         self._rows = (
-            HostRows(first.z, self.control) if every == 1 else DeviceRows(first.z, self.control, every)
+            HostRows(first.z, self.control)
+            if at_hand and every == 1
+            else DeviceRows(first.z, self.control, every)
         )
         kind = Renewing if self.solver.renews else Cohorts
         self._method = kind(self.solver, self._evaluate_part)
