@@ -279,9 +279,13 @@ class Wiring(Program):
                     leaf = source.count * entry.shape[0]
                 return self._sent(node, leaf, signals) if position == node.entry else leaf
 
-            args, kwargs = rebuild(given, pick)
-            result = node.module[0](*args, **kwargs)
-            outputs.append(list(leaves(result)))
+            args, kwargs = given
+            if not kwargs and len(args) == 1 and not isinstance(args[0], (tuple, list, dict)):
+                result = node.module[0](pick(args[0]))  # as nearly all are called: no trees to go through
+            else:
+                args, kwargs = rebuild(given, pick)
+                result = node.module[0](*args, **kwargs)
+            outputs.append([result] if isinstance(result, Tensor) else list(leaves(result)))
             for wormhole, leaf in node.states:
                 state = outputs[-1][leaf]
                 states[wormhole] = state.clone() if self.copies_outs[wormhole] else state
