@@ -182,6 +182,7 @@ class StepSolver(Solver):
             rows: (n,) places in the batch.
             z: (b, D) the iterates, with the starting states of these rows in their places.
         """
+        # Not abstract: a solver may do without, and who asks for it looks at ``renews`` first.
         raise NotImplementedError(f"{type(self).__name__} has no renew; see its property renews.")
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,12 +14,13 @@ from ..solvers.book import GROWTH, PATIENCE, stagnated
 from ..solvers.masked import take
 from ..solvers.measure import Threshold, measure
 from ..solvers.memory import device_only
+from .active_rows import ActiveRows, Evaluate, Following
 from .request import Done, Facts, ending
 
 __all__ = ["DeviceRows"]
 
 
-class DeviceRows:
+class DeviceRows(ActiveRows):
     """The b rows in the active batch; a row that is done stands still.
 
     Args:
@@ -34,43 +35,26 @@ class DeviceRows:
 
     @property
     def z(self) -> Tensor:
-        """(b, D) the iterates."""
         return self._rows.z
 
     # Who is here.
 
     def extend(self, z: Tensor) -> None:
-        """Let rows in, after the others."""
         pairs = zip(self._rows, _Rows.new(z), strict=True)
         self._rows = _Rows(*(torch.cat(pair) for pair in pairs))
 
     def replace(self, places: Sequence[int], index: Tensor, z: Tensor) -> None:
-        """Let rows in, in the places of others."""
         pairs = zip(self._rows, _Rows.new(z), strict=True)
         self._rows = _Rows(*(old.index_copy(0, index, new) for old, new in pairs))
 
     def keep(self, places: Sequence[int], index: Tensor) -> None:
-        """Go on with the rows in these places alone."""
         self._rows = take(self._rows, index)
 
     # A few evaluations.
 
     def advance(
-        self,
-        evaluate: Callable[[Tensor], Tensor],
-        following: Callable[[Tensor, Tensor, Tensor], Tensor],
-        waited_for: Sequence[bool],
+        self, evaluate: Evaluate, following: Following, waited_for: Sequence[bool]
     ) -> tuple[Done | None, list[int]]:
-        """Evaluate the rows up to the next look.
-
-        Args:
-            evaluate: the function.
-            following: the next iterates from the present ones, their values and residuals.
-            waited_for: for each place whether anybody waits for its row.
-
-        Returns:
-            The rows that are done now, and for each evaluation the rows in it that were not.
-        """
         fill = []
         with device_only():
             for _ in range(self._every):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 from ..solvers.base import Control
 from ..solvers.book import GROWTH, PATIENCE, stagnated
 from ..solvers.measure import Threshold, measure
+from .active_rows import ActiveRows, Evaluate, Following
 from .request import Done, Facts, ending
 
 __all__ = ["HostRows"]
 
 
-class HostRows:
+class HostRows(ActiveRows):
     """The b rows in the active batch, and the rules of :class:`~twnn_plugin.solvers.book.Book` for each.
 
     The host knows the age of every row, so that rules which few rows are due for cost nothing elsewhere. What
@@ -25,13 +26,10 @@ class HostRows:
     Args:
         z: a tensor of the dtype and device of the states.
         control: the stopping rule.
-
-    Attributes:
-        z: (b, D) the iterates.
     """
 
     def __init__(self, z: Tensor, control: Control):
-        self.z = z[:0]
+        self._z = z[:0]
         self._control, self._threshold = control, Threshold(control, z)
         self._now = 0  # evaluations so far
         self._born: list[int] = []  # of each row: how many there had been when it joined
@@ -40,36 +38,37 @@ class HostRows:
         self._earlier = z.new_empty(0)  # (b,) change when stagnation was last looked for; NaN before
         self._over: Tensor | None = None  # (b,) bool: the last change was beyond the limit; None: none was
 
+    @property
+    def z(self) -> Tensor:
+        return self._z
+
     # Who is here.
 
     def extend(self, z: Tensor) -> None:
-        """Let rows in, after the others."""
         count = len(z)
         self._fresh += range(len(self._born), len(self._born) + count)
         self._born += [self._now] * count
-        self.z = torch.cat([self.z, z])
+        self._z = torch.cat([self._z, z])
         self._limit = torch.cat([self._limit, z.new_empty(count)])
         self._earlier = torch.cat([self._earlier, z.new_full((count,), math.nan)])
         if self._over is not None:
             self._over = torch.cat([self._over, self._over.new_zeros(count)])
 
     def replace(self, places: Sequence[int], index: Tensor, z: Tensor) -> None:
-        """Let rows in, in the places of others."""
         self._fresh += places
         for place in places:
             self._born[place] = self._now
-        self.z = self.z.index_copy(0, index, z)
+        self._z = self._z.index_copy(0, index, z)
         self._earlier = self._earlier.index_fill(0, index, math.nan)
         if self._over is not None:
             self._over = self._over.index_fill(0, index, False)
 
     def keep(self, places: Sequence[int], index: Tensor) -> None:
-        """Go on with the rows in these places alone."""
         fresh = set(self._fresh)
         self._fresh = [new for new, old in enumerate(places) if old in fresh]
         self._born = [self._born[place] for place in places]
-        self.z, self._limit, self._earlier = (
-            x.index_select(0, index) for x in (self.z, self._limit, self._earlier)
+        self._z, self._limit, self._earlier = (
+            x.index_select(0, index) for x in (self._z, self._limit, self._earlier)
         )
         if self._over is not None:
             self._over = self._over.index_select(0, index)
@@ -77,27 +76,14 @@ class HostRows:
     # One evaluation.
 
     def advance(
-        self,
-        evaluate: Callable[[Tensor], Tensor],
-        following: Callable[[Tensor, Tensor, Tensor], Tensor],
-        waited_for: Sequence[bool],
+        self, evaluate: Evaluate, following: Following, waited_for: Sequence[bool]
     ) -> tuple[Done | None, list[int]]:
-        """Evaluate the rows once.
-
-        Args:
-            evaluate: the function.
-            following: the next iterates from the present ones, their values and residuals.
-            waited_for: for each place whether anybody waits for its row.
-
-        Returns:
-            The rows that are done now, and the number of rows that were waited for, in a list.
-        """
-        z, open_rows = self.z, sum(waited_for)
+        z, open_rows = self._z, sum(waited_for)
         fz = evaluate(z)
         r = fz - z
         done = self._done(z, fz, r, waited_for)
         if done is None or len(done.places) < open_rows:
-            self.z = following(z, fz, r)
+            self._z = following(z, fz, r)
         return done, [open_rows]
 
     def _done(self, z: Tensor, fz: Tensor, r: Tensor, waited_for: Sequence[bool]) -> Done | None:

@@ -46,8 +46,6 @@ class Method(ABC):
         evaluate: for methods that evaluate ``f`` in a step.
     """
 
-    replaces: ClassVar[bool]
-    """Whether rows may join in the places of others."""
     refill: ClassVar[float]
     """Share of the active batch's places that must be free before rows join."""
 
@@ -62,10 +60,6 @@ class Method(ABC):
     def extend(self, new: Tensor, z: Tensor) -> None:
         """Rows have joined after the others; ``z`` are the iterates of all."""
 
-    def replace(self, index: Tensor, z: Tensor) -> None:
-        """Rows have joined in these places; ``z`` are the iterates of all."""
-        raise NotImplementedError
-
     @abstractmethod
     def keep(self, places: Sequence[int], index: Callable[[Sequence[int]], Tensor]) -> None:
         """Only the rows in these places are left."""
@@ -74,7 +68,6 @@ class Method(ABC):
 class Renewing(Method):
     """For solvers with :meth:`~twnn_plugin.solvers.StepSolver.renew`: all rows are stepped as one."""
 
-    replaces = True
     refill = 0.125
 
     def __init__(self, solver: StepSolver, evaluate: EvaluatePart):
@@ -95,6 +88,7 @@ class Renewing(Method):
         self._state = self.solver.renew(state, torch.arange(before, len(z), device=z.device), z)
 
     def replace(self, index: Tensor, z: Tensor) -> None:
+        """Rows have joined in these places; ``z`` are the iterates of all."""
         self._state = self.solver.renew(self._state, index, z)
 
     def keep(self, places: Sequence[int], index: Callable[[Sequence[int]], Tensor]) -> None:
@@ -117,7 +111,6 @@ class Cohorts(Method):
     have the same structure they become one.
     """
 
-    replaces = False
     refill = 0.25  # gathering costs a pass over everything
 
     def __init__(self, solver: StepSolver, evaluate: EvaluatePart):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..adjoints.equation import Equation
+from .active_rows import ActiveRows
 from .device_rows import DeviceRows
 from .host_rows import HostRows
-from .methods import Cohorts, Renewing
+from .methods import Cohorts, Method, Renewing
 from .request import Done, Request
 from .sameness import same
 
@@ -48,13 +49,13 @@ class Pool:
         self._context = tuple(c[:0] for c in first.equation.context)
         at_hand = first.z.device.type == "cpu"  # looks at numbers cost little
         every = self.control.check_every or (1 if at_hand else _EVERY)
-        self._rows = (
+        self._rows: ActiveRows = (
             HostRows(first.z, self.control)
             if at_hand and every == 1
             else DeviceRows(first.z, self.control, every)
         )
         kind = Renewing if self.solver.renews else Cohorts
-        self._method = kind(self.solver, self._evaluate_part)
+        self._method: Method = kind(self.solver, self._evaluate_part)
 
     def accepts(self, request: Request) -> bool:
         """Whether the request's rows may share a batch with those here."""
@@ -141,13 +142,13 @@ class Pool:
                 return
         elif active and active >= Equation.leave_share * len(self._places):
             return
-        if active and waiting and self._method.replaces:
-            self._replace()
+        if active and waiting and isinstance(self._method, Renewing):
+            self._replace(self._method)
         else:
             self._drop()
         self._join()
 
-    def _replace(self) -> None:
+    def _replace(self, method: Renewing) -> None:
         """Let waiting rows take the places of finished ones."""
         free = [i for i, place in enumerate(self._places) if place is None]
         owners, z, context = self._next(len(free))
@@ -160,7 +161,7 @@ class Pool:
         self._rows.replace(places, index, z)
         pairs = zip(self._context, context, strict=True)
         self._context = tuple(old.index_copy(0, index, new) for old, new in pairs)
-        self._method.replace(index, self._rows.z)
+        method.replace(index, self._rows.z)
 
     def _drop(self) -> None:
         """Take the finished rows out."""
