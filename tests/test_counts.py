@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import twnn_plugin as tw
 from tests import problems
+from twnn_plugin import kernels
 from twnn_plugin.adjoints.equation import Equation
 from twnn_plugin.solvers import Control, driver
 from twnn_plugin.solvers.masked import drive_masked
@@ -74,9 +75,17 @@ def per_iteration(solver, every: int = 1, size: int = 40, norm: str = "l2") -> t
     ids=["picard", "anderson", "anderson-5"],
 )
 def test_operations_of_an_iteration(solver, most, most_wide):
-    total, wide = per_iteration(solver)
+    with kernels.disabled():
+        total, wide = per_iteration(solver)
     assert 0 < total <= most, total
     assert 0 < wide <= most_wide, wide
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"compiled kernels: {kernels.describe()}")
+@pytest.mark.parametrize(("solver", "most"), [("picard", 0), ("anderson", 2)])
+def test_operations_of_an_iteration_by_the_kernels(solver, most):
+    total, wide = per_iteration(tw.solvers.get(solver)())  # what is left is memory for the next iterate
+    assert total <= most and wide <= 1.1, (total, wide)
 
 
 def test_operations_of_an_iteration_without_looks_of_the_host():

@@ -17,6 +17,7 @@ import twnn_plugin as tw
 from tests import problems
 from tests.methods import NATIVE
 from tests.test_hostile import build, problem
+from twnn_plugin import kernels
 from twnn_plugin.adjoints.equation import Equation
 from twnn_plugin.solvers import Control, Outcome, StepSolver, driver
 from twnn_plugin.solvers.graphs import Capture, Graphs, Rerun
@@ -70,7 +71,8 @@ def test_both_loops_have_the_same_outcome(solver, make, every):
 def test_both_loops_agree_on_hostile_problems(solver, p, every):
     f, z0, context = build(p)
     control = Control(p["tol"], p["max_iter"], p["stop"], p["norm_kind"])
-    one, _ = stepwise(solver, f, z0, context, control)
+    with kernels.disabled():  # the rounding of other arithmetic grows where a problem is hostile enough
+        one, _ = stepwise(solver, f, z0, context, control)
     other, _ = masked(solver, f, z0, context, control, every)
     agree(one, other, rtol=1e-6, atol=0)
     replayed, _ = masked(solver, f, z0, context, control, every, Graphs(Rerun))
@@ -146,7 +148,7 @@ def test_the_host_looks_once_in_a_few_evaluations(solver, every):
 
 
 def test_the_counter_of_looks_counts():
-    with Looks() as looks:
+    with kernels.disabled(), Looks() as looks:
         stepwise("picard", lambda z: 0.5 * z, torch.ones(2, 2), (), Control(1e-3, 50))
     assert looks.count >= 10
 

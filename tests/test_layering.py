@@ -17,13 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first. A module belongs to the longest name here that it is or lies in; it may import its own
 # layer and those above it in this list. A package's own name stands for its __init__ and the rest of it.
 LAYERS = (
-    ("twnn_plugin.errors", "twnn_plugin.types", "twnn_plugin.trees", "twnn_plugin.modes"),
+    (
+        "twnn_plugin.errors",
+        "twnn_plugin.types",
+        "twnn_plugin.trees",
+        "twnn_plugin.modes",
+        "twnn_plugin.transforms",
+    ),
+    ("twnn_plugin.kernels",),
     ("twnn_plugin.registry", "twnn_plugin.hookspecs"),
     ("twnn_plugin.state",),
     ("twnn_plugin.solvers.base", "twnn_plugin.solvers.memory"),
     ("twnn_plugin.solvers.hosting",),
     ("twnn_plugin.solvers.measure", "twnn_plugin.solvers.axpy", "twnn_plugin.solvers.joint"),
     ("twnn_plugin.solvers.book",),
+    ("twnn_plugin.solvers.book_rows",),
     ("twnn_plugin.solvers.masked",),
     ("twnn_plugin.solvers.graphs",),
     ("twnn_plugin.solvers.driver",),

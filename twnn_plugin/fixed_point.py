@@ -12,8 +12,8 @@ from typing import Never
 import torch
 from torch import Tensor
 
-from . import adjoints, observe, solvers
-from .adjoints import Adjoint, Call, transforms
+from . import adjoints, observe, solvers, transforms
+from .adjoints import Adjoint, Call
 from .errors import (
     ConvergenceWarning,
     FixedPointError,

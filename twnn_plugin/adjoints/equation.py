@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..errors import MapError
 from ..solvers import Control, Outcome, Solver, solve
 from ..state import Layout
 from ..types import State
-from . import transforms
 
 __all__ = ["Call", "Equation"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..errors import ConvergenceWarning, MapError, TransformError
 from ..solvers import Outcome
 from ..solvers.measure import measure, report_residual, threshold
 from ..types import Status
-from . import transforms
 from .capture import Capture, announce
 from .equation import Call
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..errors import MapError, OptionError
 from ..solvers import Outcome, Solver
 from ..solvers.anderson import Anderson
 from ..solvers.base import is_number
 from ..solvers.linear import LinearSolver
 from ..types import AdjointReport, Status
-from . import transforms
 from .base import Adjoint
 from .capture import announce, close, substituted
 from .equation import Call, Equation

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..solvers import Outcome
 from ..types import AdjointReport, Status
-from . import transforms
 from .base import Adjoint
 from .equation import Call
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adjoints import transforms
+from .. import transforms
 
 __all__ = ["anchored"]
 

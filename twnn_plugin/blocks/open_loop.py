@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..adjoints import transforms
+from .. import transforms
 from ..errors import AttachError
 from ..trees import leaves
 from .draws import random_state, restore, same

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from .anderson_rows import AndersonRows, Settings
 from .base import Problem, StepSolver, check_whole, is_number
 from .memory import difference, free_to_look, free_to_write, to_unit
 
@@ -89,6 +90,11 @@ class Anderson(StepSolver):
 
     def in_parts(self, parts: tuple[int, ...]) -> Anderson:
         return _OfParts(self.memory, self.damping, self.start, parts)
+
+    def compiled(self) -> StepSolver:
+        if type(self) is not Anderson:  # a subclass may do something else in a step
+            return self
+        return AndersonRows(Settings(self.memory, self.damping, self.start, _RESTART, _NOISE, _BLUR))
 
     def units(self, fz: Tensor) -> Tensor | None:
         """(b, D) what the residuals are taken as multiples of, from values of ``f``; None: they are as is."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from ..errors import MapError, OptionError
+from ..trees import rebuild
 from ..types import Iteration
 
 __all__ = [
@@ -198,6 +199,20 @@ class StepSolver(Solver):
 
     def in_parts(self, parts: tuple[int, ...]) -> StepSolver:
         """The method for states of several parts, of the given widths, that may differ in units and size."""
+        return self
+
+    def keep(self, state: Any, rows: Tensor) -> Any:
+        """The method's own state for some rows alone: (n,) places in the batch, ascending.
+
+        What ``state`` holds is not used again.
+        """
+        return rebuild(state, lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf)
+
+    def compiled(self) -> StepSolver:
+        """The method by compiled kernels (:mod:`twnn_plugin.kernels`), if it has any; equal up to rounding.
+
+        Asked for where the states of a solve can be given to them.
+        """
         return self
 
     @abstractmethod

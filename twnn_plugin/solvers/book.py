@@ -12,8 +12,9 @@ from torch import Tensor
 from ..types import Iteration, Status
 from .base import Control, Outcome, Problem
 from .measure import Threshold, classify, measure, report_residual
+from .memory import difference
 
-__all__ = ["GROWTH", "PATIENCE", "Book", "joint_limit", "stagnated"]
+__all__ = ["GROWTH", "PATIENCE", "Book", "joint_limit", "stagnated", "still"]
 
 GROWTH = 1e6
 """A change this many times the first state and change is divergence, not a transient."""
@@ -32,8 +33,12 @@ def stagnated(change: Tensor, earlier: Tensor, size: Tensor, coarse: float = 0.0
         size: (b,) of the state.
         coarse: rounding error in half precision; see :class:`~twnn_plugin.solvers.base.Control`.
     """
-    floor = max(_FLOOR * torch.finfo(change.dtype).eps, _COARSE * coarse)
-    return (change > 0.9 * earlier) & (change <= floor * size)
+    return (change > 0.9 * earlier) & (change <= still(change.dtype, coarse) * size)
+
+
+def still(dtype: torch.dtype, coarse: float = 0.0) -> float:
+    """The change, relative to the state, that cannot be told from rounding; see :func:`stagnated`."""
+    return max(_FLOOR * torch.finfo(dtype).eps, _COARSE * coarse)
 
 
 def joint_limit(limit: Tensor) -> Tensor:
@@ -76,6 +81,24 @@ class Book:
         self._ran_out = False
         self._broken = False  # whether a number that is not finite was seen
         self._plain = control.callback is None and not control.coupled
+
+    def settle(
+        self, k: int, z: Tensor, fz: Tensor, memory: Tensor | None, problem: Problem
+    ) -> tuple[Tensor, bool]:
+        """Take in the k-th evaluation: the residual, and whether rows finished by it, which are written down.
+
+        Args:
+            k: evaluations so far.
+            z: (b, D) the iterates.
+            fz: (b, D) ``f(z)``.
+            memory: (b, D) for the residual; None: new memory.
+            problem: the equation.
+        """
+        r = difference(fz, z, memory)
+        leaving = self.look(k, z, fz, r, problem)
+        if leaving is not None:
+            self.finish(leaving, k, z, fz)
+        return r, leaving is not None
 
     def look(self, k: int, z: Tensor, fz: Tensor, r: Tensor, problem: Problem) -> Tensor | None:
         """(b,) bool of the rows that finish now, or None; keeps the measurements for ``finish``."""

@@ -12,10 +12,11 @@ from ..errors import OptionError
 from . import hosting
 from .base import Control, Outcome, Problem, Solver, StepSolver, WholeSolver, check_place
 from .book import Book
+from .book_rows import BookRows, fits
 from .graphs import Graphs
 from .joint import Joint
-from .masked import drive_masked, take
-from .memory import difference, free_to_write
+from .masked import drive_masked
+from .memory import free_to_write
 
 __all__ = ["drive", "drive_rows", "solve"]
 
@@ -94,20 +95,19 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
     A finished row's value is kept at once. Its place in the batch is given up when enough places
     are free; until then the row is still evaluated, and what becomes of it there is ignored.
     """
-    book = Book(z, control)
+    book: Book | BookRows = Book(z, control)
+    if fits(z, control):
+        book, solver = BookRows(z, control), solver.compiled()
     state = solver.init(z)
     spare: Tensor | None = None
     fz = problem.evaluate(z)
     check_place(fz, z)
     for k in range(1, control.max_iter + 1):
-        r = difference(fz, z, spare)
+        r, left = book.settle(k, z, fz, spare, problem)
+        if left and book.unfinished == 0:
+            break
         if spare is None and not solver.keeps_residual and free_to_write(r):
             spare = r
-        leaving = book.look(k, z, fz, r, problem)
-        if leaving is not None:
-            book.finish(leaving, k, z, fz)
-            if book.unfinished == 0:
-                break
         if k == control.max_iter:
             book.exhaust(fz)
             break
@@ -117,10 +117,10 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
             # every weight NaN: it stands still.
             following = torch.where(book.alive[:, None], following, z.detach())
         z = following
-        may_leave = leaving is not None and problem.can_leave and not control.coupled
+        may_leave = left and problem.can_leave and not control.coupled
         if may_leave and book.unfinished < problem.leave_share * problem.size:
             keep = book.compact()
-            z, state = z.index_select(0, keep), take(state, keep)
+            z, state = z.index_select(0, keep), solver.keep(state, keep)
             problem.keep(keep)
             spare = None
         fz = problem.evaluate(z)

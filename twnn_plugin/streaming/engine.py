@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adjoints import transforms
+from .. import transforms
 from ..adjoints.equation import Equation
 from ..backbones.manage import report as wormhole_report
 from ..backbones.span import AttachedSpan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the documented common base of BatchNorm layers
 from torch.utils.checkpoint import checkpoint
 
-from ...adjoints import transforms
+from ... import transforms
 from ...blocks.frozen import PRESENT
 from ...blocks.one_map import Bookmark, bookmark
 from ...blocks.wormhole import Wormhole

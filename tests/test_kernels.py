@@ -1,0 +1,358 @@
+"""The compiled kernels give what operations of torch give, whatever the shape, the rows and the options."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import twnn_plugin as tw
+from tests import problems
+from tests.test_hostile import build, problem, run
+from twnn_plugin import kernels
+from twnn_plugin.solvers.anderson_rows import AndersonRows
+from twnn_plugin.solvers.base import Control
+from twnn_plugin.solvers.book_rows import BookRows, fits
+from twnn_plugin.types import Iteration
+
+ROOT = Path(__file__).resolve().parents[1]
+built = pytest.mark.skipif(not kernels.available(), reason=f"compiled kernels: {kernels.describe()}")
+quiet = pytest.mark.filterwarnings("ignore::twnn_plugin.errors.ConvergenceWarning")
+
+
+def both(solve):
+    """By the kernels, and by operations of torch."""
+    one = solve()
+    with kernels.disabled():
+        return one, solve()
+
+
+def alike(one: tw.Solution, other: tw.Solution, rtol: float = 1e-9) -> None:
+    assert torch.equal(one.status, other.status)
+    assert torch.equal(one.steps, other.steps)
+    assert one.evaluations == other.evaluations
+    assert one.residual.dtype == other.residual.dtype and one.value.dtype == other.value.dtype
+    assert torch.allclose(one.residual, other.residual, rtol=max(rtol, 1e-6), atol=1e-14, equal_nan=True)
+    assert torch.allclose(one.value, other.value, rtol=rtol, atol=1e-12, equal_nan=True)
+
+
+# The same solves.
+
+
+@built
+@quiet
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(p=problem)
+def test_plain_iteration_of_hostile_rows_ends_in_the_same_way(p):
+    f, z0, context = build(p)
+    one, other = both(lambda: run(p, "picard", f, z0, context))
+    assert torch.equal(one.status, other.status) and torch.equal(one.steps, other.steps)
+    assert torch.allclose(one.residual, other.residual, rtol=1e-4, equal_nan=True)
+    assert torch.allclose(one.value, other.value, rtol=0, atol=0, equal_nan=True)  # what f returned
+
+
+@built
+@quiet
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 9),
+    size=st.sampled_from([1, 2, 3, 7, 31, 32, 33, 70]),
+    memory=st.integers(1, 6),
+    start=st.integers(0, 5),
+    damping=st.sampled_from([1.0, 0.5]),
+    norm=st.sampled_from(["l2", "max"]),
+    stop=st.sampled_from(["rel", "abs"]),
+    seed=st.integers(0, 1000),
+)
+def test_anderson_takes_the_same_steps(batch, size, memory, start, damping, norm, stop, seed):
+    p = problems.mixed(batch=batch, size=size, seed=seed)
+    solver = tw.solver("anderson", memory=memory, start=start, damping=damping)
+
+    def solve():
+        with torch.no_grad():
+            options = {"tol": 1e-6, "max_iter": 60, "norm": norm, "stop": stop}
+            return tw.fix(p.f, p.z0, *p.context, solver=solver, **options)
+
+    one, other = both(solve)
+    # In float64 rounding moves no row across this tolerance by more than a step in a long solve.
+    assert int((one.steps - other.steps).abs().max()) <= 1
+    same = one.steps == other.steps
+    assert torch.equal(one.status[same], other.status[same])
+    assert torch.allclose(one.value[same], other.value[same], rtol=1e-6, atol=1e-8)
+
+
+@built
+@quiet
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden", "newton_krylov", "auto", "ad_fixed_point"])
+@pytest.mark.parametrize("make", problems.ALL)
+def test_every_solver_has_the_same_outcome(make, solver, dtype):
+    p = make()
+    context = tuple(c.to(dtype) for c in p.context)
+    f = p.f if dtype == torch.float64 else _cast(p.f, dtype)
+
+    def solve():
+        with torch.no_grad():
+            return tw.fix(f, p.z0.to(dtype), *context, solver=solver, tol=1e-4, max_iter=200)
+
+    one, other = both(solve)
+    alike(one, other, rtol=1e-2 if dtype == torch.float32 else 1e-9)
+
+
+def _cast(f, dtype):
+    return lambda z, *c: f(z.double(), *(x.double() for x in c)).to(dtype)
+
+
+@built
+@pytest.mark.parametrize("adjoint", ["implicit", "ad_fixed_point", "phantom", "one_step"])
+def test_gradients_agree(adjoint):
+    p = problems.vector(batch=12)
+
+    def gradients() -> tuple[Tensor, ...]:
+        x = p.context[0].clone().requires_grad_()
+        solver = "ad_fixed_point" if adjoint == "ad_fixed_point" else "anderson"
+        solution = tw.fix(p.f, p.z0, x, *p.context[1:], solver=solver, adjoint=adjoint, tol=1e-10, max_iter=200)
+        return torch.autograd.grad(solution.value.sin().sum(), [x, *p.parameters])
+
+    for one, other in zip(*both(gradients), strict=True):
+        assert torch.allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+@built
+def test_a_scale_of_the_tolerance_is_kept_as_rows_leave():
+    p = problems.mixed(batch=9)
+    scale = torch.linspace(0.1, 3, 9, dtype=torch.float64)
+    control = Control(1e-8, 400, scale=scale)
+    from twnn_plugin.adjoints.equation import Equation
+    from twnn_plugin.solvers import driver
+    from twnn_plugin.state import Layout
+
+    def solve():
+        layout, z = Layout.of(p.z0)
+        with torch.no_grad():
+            return driver.drive(tw.solvers.get("picard")(), Equation(p.f, layout, p.context, 9), z, control)
+
+    one, other = both(solve)
+    assert torch.equal(one.steps, other.steps) and len(set(one.steps.tolist())) > 3
+    assert torch.allclose(one.residual, other.residual, rtol=1e-9)
+    assert bool((one.residual <= 1e-8).all())
+    last = p.f(one.value, *p.context) - one.value
+    assert torch.allclose(last.norm(dim=1) / scale, one.residual, rtol=1e-6)
+
+
+@built
+@quiet
+def test_a_callback_sees_the_same():
+    p = problems.mixed(batch=9)
+
+    def watched() -> list[Iteration]:
+        seen: list[Iteration] = []
+        with torch.no_grad():
+            tw.fix(p.f, p.z0, *p.context, solver="picard", tol=1e-6, max_iter=300, callback=seen.append)
+        return seen
+
+    one, other = both(watched)
+    assert len(one) == len(other) > 10
+    for a, b in zip(one, other, strict=True):
+        assert (a.step, a.evaluations) == (b.step, b.evaluations)
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.value, b.value)
+        assert torch.allclose(a.residual, b.residual, rtol=1e-9)
+
+
+@built
+def test_nobody_listening_and_somebody_listening_are_the_same_solve():
+    p = problems.mixed(batch=9)
+
+    def solve(**options):
+        with torch.no_grad():
+            return tw.fix(p.f, p.z0, *p.context, solver="anderson", tol=1e-6, max_iter=300, **options)
+
+    assert torch.equal(solve().value, solve(callback=lambda seen: None).value)
+
+
+# Rows.
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_is_the_same_alone_and_among_others(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 50, generator=generator, dtype=dtype)
+    rate = torch.linspace(0.05, 0.95, 40, dtype=dtype)[:, None]
+    x[7], x[8] = math.nan, math.inf
+
+    def f(z, x, rate):  # each entry by itself: the arithmetic does not depend on the batch
+        return rate * torch.sin(z.roll(1, dims=1)) + x
+
+    def solve(pick):
+        with torch.no_grad():
+            return tw.fix(f, torch.zeros_like(x[pick]), x[pick], rate[pick], tol=1e-5, max_iter=200)
+
+    with pytest.warns(tw.ConvergenceWarning, match="non_finite: 2 row"):
+        whole = solve(slice(None))
+    for row in (0, 3, 6, 9, 20, 39):
+        alone = solve(slice(row, row + 1))
+        assert torch.equal(alone.value[0], whole.value[row]) and alone.steps[0] == whole.steps[row]
+
+
+@built
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_threads_share_rows_and_change_nothing(solver):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(37, 4000, generator=generator)
+    rate = torch.linspace(0.05, 0.9, 37)[:, None]
+    before = torch.get_num_threads()
+
+    def solve(threads: int) -> tw.Solution:
+        torch.set_num_threads(threads)
+        try:
+            with torch.no_grad():
+                f = lambda z, x, rate: rate * torch.sin(z.roll(1, dims=1)) + x  # noqa: E731
+                return tw.fix(f, torch.zeros_like(x), x, rate, solver=solver, tol=1e-4, max_iter=99)
+        finally:
+            torch.set_num_threads(before)
+
+    one, two, many = solve(1), solve(2), solve(5)
+    for other in (two, many):
+        assert torch.equal(one.value, other.value) and torch.equal(one.residual, other.residual)
+        assert torch.equal(one.steps, other.steps)
+
+
+@built
+@quiet
+def test_values_that_lie_elsewhere_in_memory_are_read_right():
+    """Transposed, expanded, of every second column: f and the start may return any of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 10, generator=generator)
+    views = {
+        "transposed": lambda y: y.T.contiguous().T,
+        "every second": lambda y: y.repeat_interleave(2, dim=1)[:, ::2],
+        "as it is": lambda y: y,
+    }
+    with torch.no_grad():
+        expected = tw.fix(lambda z, x: 0.5 * z.cos() + x, torch.zeros(6, 10), x, tol=1e-6)
+        for name, view in views.items():
+            solution = tw.fix(lambda z, x, v=view: v(0.5 * z.cos() + x), view(torch.zeros(6, 10)), x, tol=1e-6)
+            assert torch.equal(solution.value, expected.value), name
+        one = torch.zeros(1, 10).expand(6, 10)
+        assert torch.equal(tw.fix(lambda z, x: 0.5 * z.cos() + x, one, x, tol=1e-6).value, expected.value)
+
+
+@built
+@given(keep=st.lists(st.booleans(), min_size=1, max_size=12), width=st.integers(1, 5))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_rows_move_to_the_front(keep, width):
+    x = torch.arange(len(keep) * width, dtype=torch.float32).view(len(keep), width)
+    kept = torch.tensor([i for i, stays in enumerate(keep) if stays], dtype=torch.long)
+    assert torch.equal(kernels.shrunk(x.clone(), kept), x[kept])
+
+
+@built
+def test_a_solve_does_not_write_to_what_it_was_given_or_returned_before():
+    p = problems.mixed(batch=8)
+    z0 = p.z0 + 0.1
+    before = [t.clone() for t in (z0, *p.context)]
+    given_back = []
+
+    def f(z, *context):
+        given_back.append((p.f(z, *context), None))
+        value = given_back[-1][0]
+        given_back[-1] = (value, value.clone())
+        return value
+
+    with torch.no_grad():
+        tw.fix(f, z0, *p.context, solver="anderson", tol=1e-8, max_iter=200)
+    for now, then in zip((z0, *p.context), before, strict=True):
+        assert torch.equal(now, then)
+    for value, copy in given_back:
+        assert torch.equal(value, copy)
+
+
+# Where they are used, and where not.
+
+
+@built
+def test_they_are_used_where_nothing_is_recorded():
+    control = Control(1e-3, 10)
+    z = torch.zeros(3, 4)
+    with torch.no_grad():
+        assert fits(z, control) and fits(z.double(), control)
+        assert isinstance(tw.solvers.get("anderson")().compiled(), AndersonRows)
+        assert isinstance(BookRows(z, control), BookRows)
+        for other in (z.half(), z.bfloat16(), z.to("meta"), z.long(), torch.nn.Parameter(z)):
+            assert not fits(other, control)
+        assert not fits(z, Control(1e-3, 10, coupled=True))
+        assert not fits(z, Control(1e-3, 10, parts=(1, 3)))
+        with forward_ad.dual_level():
+            assert not fits(z, control)
+        with kernels.disabled():
+            assert not fits(z, control) and not kernels.available()
+        assert torch.func.vmap(lambda z: torch.tensor(fits(z, control)))(torch.zeros(2, 3, 4)).sum() == 0
+        assert kernels.available()
+    assert not fits(z, control)  # gradients are recorded
+
+
+def test_a_subclass_of_a_solver_keeps_its_own_steps():
+    class Lazy(tw.solvers.get("anderson")):
+        def step(self, problem, z, fz, r, state):
+            return fz, state
+
+    assert type(Lazy().compiled()) is Lazy
+    assert tw.solvers.get("picard")().compiled() == tw.solvers.get("picard")()
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_the_environment_switches_them_off():
+    code = "from twnn_plugin import kernels; print(kernels.available(), kernels.describe())"
+    off = _python(code, TWNN_KERNELS="0")
+    assert off.stdout.strip() == "False switched off by TWNN_KERNELS=0", off.stderr
+    wrong = _python(code, TWNN_KERNELS="no")
+    assert wrong.returncode != 0 and "TWNN_KERNELS must be 0" in wrong.stderr and "'no'" in wrong.stderr
+
+
+def test_without_them_the_solvers_say_why_and_work(tmp_path):
+    code = (
+        "import sys; sys.modules['twnn_plugin.kernels._rows'] = None\n"
+        "import torch, twnn_plugin as tw\n"
+        "from twnn_plugin import kernels\n"
+        "solution = tw.fix(lambda z, x: 0.5 * z + x, torch.zeros(2, 3), torch.ones(2, 3), tol=1e-5)\n"
+        "assert bool(solution.converged.all()) and solution.value.sub(2).abs().max() < 1e-3\n"
+        "print(kernels.describe())"
+    )
+    done = _python(code)
+    assert done.stdout.startswith("not built: install the package again where there is a C compiler"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_installs_all_the_same(tmp_path):
+    pytest.importorskip("setuptools")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "l", "--build-temp", tmp_path],
+        env={**os.environ, "CC": "/nonexistent/cc"},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "_rows" in done.stderr + done.stdout  # a warning names what was not built
+    assert not list((tmp_path / "l").rglob("*_rows*"))

@@ -1,0 +1,25 @@
+"""Compiled passes over the rows of a batch, for solves on the CPU.
+
+What a solver does between two evaluations of ``f`` takes little arithmetic and many calls of operators: on
+small states the calls are the time, on large ones each of them is a pass over memory. Here both are one pass,
+written in C and built when the package is installed. Without a C compiler the package installs all the same,
+and the solvers use operations of torch, with the same results up to rounding; ``TWNN_KERNELS=0`` in the
+environment, or :func:`disabled`, makes them do so.
+"""
+
+from .rows import Codes, Ended, Rows, Rule, anderson, same, shrunk
+from .switch import available, describe, disabled, takes
+
+__all__ = [
+    "Codes",
+    "Ended",
+    "Rows",
+    "Rule",
+    "anderson",
+    "available",
+    "describe",
+    "disabled",
+    "same",
+    "shrunk",
+    "takes",
+]

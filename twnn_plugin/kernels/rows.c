@@ -1,0 +1,307 @@
+/* What a step of a solve does besides evaluating f, row by row, in one pass over the rows.
+ *
+ * Written as operations of torch, the same arithmetic is a dozen calls and as many passes over memory: on small
+ * states the calls are the time, on large ones the passes. Here each row is read while it is in the cache.
+ *
+ * The functions are given addresses; kernels/rows.py checks what lies there.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define VERSION 1 /* of the arguments; another one in kernels/switch.py means that this was built before it */
+#define MARKS 4   /* of a row */
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+/* One build for every x86-64 machine: the wider instructions are taken where they are found at run time. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES __attribute__((target_clones("avx2", "default")))
+#endif
+#else
+#define CLONES
+#endif
+
+enum { GONE, GOING, LEAVING };             /* of a row */
+enum { ABSOLUTE, RELATIVE, SCALED }; /* of a stopping rule */
+
+typedef struct {
+    ptrdiff_t rows, width;
+    const void *f, *z;
+    void *r, *measured; /* measured: or NULL */
+    void *marks, *alive;
+    const void *born;   /* evaluations there had been when a row came */
+    const void *places; /* of the rows in the whole batch */
+    void *status, *steps, *residual;
+    double tol, floor, growth, still, tiny;
+    int rule, largest;
+    int64_t now, patience, most; /* evaluations: so far, between looks for stagnation, of a row at most */
+    int converged, max_iter, diverged, non_finite, stagnated;
+} Look;
+
+typedef struct {
+    ptrdiff_t rows, width;
+    const void *f, *z, *places, *status;
+    void *alive, *value;
+    int max_iter, non_finite;
+} Store;
+
+typedef struct {
+    ptrdiff_t rows, width;
+    const void *f, *r, *f_last;
+    void *memory, *numbers, *next;
+    double damping, restart, noise, blurred;
+    int slots, newest, start;
+} Anderson;
+
+/* What a pass tells: rows that finished, and those among them whose value is the newest, not the last. */
+typedef struct {
+    ptrdiff_t rows, newest;
+} Ended;
+
+#define T float
+#define N(name) name##_float
+#define SQRT sqrtf
+#define FABS fabsf
+#include "passes.h"
+#undef T
+#undef N
+#undef SQRT
+#undef FABS
+
+#define T double
+#define N(name) name##_double
+#define SQRT sqrt
+#define FABS fabs
+#include "passes.h"
+#undef T
+#undef N
+#undef SQRT
+#undef FABS
+
+typedef Ended Kernel(ptrdiff_t from, ptrdiff_t to, const void *job);
+
+/* The rows in as many parts as there are threads; the sum of what the parts return. */
+static Ended in_parts(Kernel *kernel, ptrdiff_t rows, const void *job, int threads)
+{
+    ptrdiff_t ended = 0, newest = 0;
+    if (threads < 2)
+        return kernel(0, rows, job);
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(threads) reduction(+ : ended, newest)
+#endif
+    for (int part = 0; part < threads; part++) {
+        const Ended some = kernel(rows * part / threads, rows * (part + 1) / threads, job);
+        ended += some.rows;
+        newest += some.newest;
+    }
+    const Ended sum = {ended, newest};
+    return sum;
+}
+
+/* Arguments in order, until one is not what it should be: then PyErr_Occurred. */
+typedef struct {
+    PyObject *const *next;
+} Given;
+
+static void *address(Given *given)
+{
+    return PyLong_AsVoidPtr(*given->next++); /* 0: NULL */
+}
+
+static ptrdiff_t whole(Given *given)
+{
+    return PyLong_AsSsize_t(*given->next++);
+}
+
+static double real(Given *given)
+{
+    return PyFloat_AsDouble(*given->next++);
+}
+
+static int counted(Py_ssize_t count, Py_ssize_t wanted)
+{
+    if (count != wanted)
+        PyErr_Format(PyExc_TypeError, "%zd arguments wanted; got %zd", wanted, count);
+    return count == wanted;
+}
+
+static PyObject *run(Kernel *kernel, ptrdiff_t rows, const void *job, int threads)
+{
+    Ended ended;
+    if (PyErr_Occurred()) /* an argument is not what it should be */
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    ended = in_parts(kernel, rows, job, threads);
+    Py_END_ALLOW_THREADS;
+    return Py_BuildValue("nn", ended.rows, ended.newest);
+}
+
+static PyObject *look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 30))
+        return NULL;
+    Given given = {args};
+    const int wide = (int)whole(&given), threads = (int)whole(&given);
+    Look job = {.rows = whole(&given)};
+    job.width = whole(&given);
+    job.f = address(&given);
+    job.z = address(&given);
+    job.r = address(&given);
+    job.measured = address(&given);
+    job.marks = address(&given);
+    job.alive = address(&given);
+    job.born = address(&given);
+    job.places = address(&given);
+    job.status = address(&given);
+    job.steps = address(&given);
+    job.residual = address(&given);
+    job.tol = real(&given);
+    job.floor = real(&given);
+    job.growth = real(&given);
+    job.still = real(&given);
+    job.tiny = real(&given);
+    job.rule = (int)whole(&given);
+    job.largest = (int)whole(&given);
+    job.now = whole(&given);
+    job.patience = whole(&given);
+    job.most = whole(&given);
+    job.converged = (int)whole(&given);
+    job.max_iter = (int)whole(&given);
+    job.diverged = (int)whole(&given);
+    job.non_finite = (int)whole(&given);
+    job.stagnated = (int)whole(&given);
+    return run(wide ? look_double : look_float, job.rows, &job, threads);
+}
+
+static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 12))
+        return NULL;
+    Given given = {args};
+    const int wide = (int)whole(&given), threads = (int)whole(&given);
+    Store job = {.rows = whole(&given)};
+    job.width = whole(&given);
+    job.f = address(&given);
+    job.z = address(&given);
+    job.places = address(&given);
+    job.status = address(&given);
+    job.alive = address(&given);
+    job.value = address(&given);
+    job.max_iter = (int)whole(&given);
+    job.non_finite = (int)whole(&given);
+    return run(wide ? store_double : store_float, job.rows, &job, threads);
+}
+
+/* The rows that go on, moved to the front of their arrays; where they were goes to `kept`. */
+static PyObject *compact(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 6))
+        return NULL;
+    Given given = {args};
+    const size_t width = (size_t)whole(&given) * MARKS; /* bytes of a row's marks */
+    const ptrdiff_t rows = whole(&given);
+    char *marks = address(&given);
+    unsigned char *alive = address(&given);
+    int64_t *places = address(&given), *kept = address(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    ptrdiff_t there = 0;
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        if (alive[row] != GOING)
+            continue;
+        memmove(marks + (size_t)there * width, marks + (size_t)row * width, width);
+        places[there] = places[row];
+        alive[there] = GOING;
+        kept[there++] = row;
+    }
+    return PyLong_FromSsize_t(there);
+}
+
+/* Rows of a matrix moved to its front, in the order of `kept`, which ascends. */
+static PyObject *shrink(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 4))
+        return NULL;
+    Given given = {args};
+    char *matrix = address(&given);
+    const size_t width = (size_t)whole(&given); /* bytes of a row */
+    const int64_t *kept = address(&given);
+    const ptrdiff_t rows = whole(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    for (ptrdiff_t row = 0; row < rows; row++)
+        if (kept[row] != row)
+            memcpy(matrix + (size_t)row * width, matrix + (size_t)kept[row] * width, width);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 17))
+        return NULL;
+    Given given = {args};
+    const int wide = (int)whole(&given), threads = (int)whole(&given);
+    Anderson job = {.rows = whole(&given)};
+    job.width = whole(&given);
+    job.f = address(&given);
+    job.r = address(&given);
+    job.f_last = address(&given);
+    job.memory = address(&given);
+    job.numbers = address(&given);
+    job.next = address(&given);
+    job.damping = real(&given);
+    job.restart = real(&given);
+    job.noise = real(&given);
+    job.blurred = real(&given);
+    job.slots = (int)whole(&given);
+    job.newest = (int)whole(&given);
+    job.start = (int)whole(&given);
+    return run(wide ? anderson_double : anderson_float, job.rows, &job, threads);
+}
+
+static PyMethodDef methods[] = {
+    {"look", (PyCFunction)(void (*)(void))look, METH_FASTCALL, NULL},
+    {"store", (PyCFunction)(void (*)(void))store, METH_FASTCALL, NULL},
+    {"compact", (PyCFunction)(void (*)(void))compact, METH_FASTCALL, NULL},
+    {"shrink", (PyCFunction)(void (*)(void))shrink, METH_FASTCALL, NULL},
+    {"anderson", (PyCFunction)(void (*)(void))anderson, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static int fill(PyObject *module)
+{
+#if defined(_OPENMP)
+    const int threaded = 1;
+#else
+    const int threaded = 0;
+#endif
+    if (PyModule_AddIntConstant(module, "VERSION", VERSION) < 0)
+        return -1;
+    return PyModule_AddIntConstant(module, "THREADED", threaded);
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)fill}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_rows", "Passes over the rows of a batch; see kernels/rows.py.", 0, methods, slots,
+    NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__rows(void)
+{
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,238 @@
+"""The rows of a solve as the compiled kernels know them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .switch import library, threads
+
+__all__ = ["Codes", "Ended", "Rows", "Rule", "anderson", "same", "shrunk"]
+
+_ABSOLUTE, _RELATIVE, _SCALED = range(3)  # as in rows.c
+_MARKS = 4
+
+
+class Rule(NamedTuple):
+    """When a row is finished.
+
+    Attributes:
+        tol: the tolerance.
+        relative: whether it is relative to the size of the state, plus ``floor``.
+        largest: whether the change is the largest entry of the residual, against the rms of the state,
+            instead of the Euclidean norms of both.
+        most: evaluations of a row.
+        floor: see ``relative``.
+        growth: the change that counts as divergence, in units of the first change and size.
+        still: a change below this share of the state cannot be told from rounding.
+        patience: evaluations between looks for stagnation.
+    """
+
+    tol: float
+    relative: bool
+    largest: bool
+    most: int
+    floor: float
+    growth: float
+    still: float
+    patience: int
+
+
+class Codes(NamedTuple):
+    """Numbers that stand for the ways in which a row ends."""
+
+    converged: int
+    max_iter: int
+    diverged: int
+    non_finite: int
+    stagnated: int
+
+
+class Ended(NamedTuple):
+    """Rows that finished in a look."""
+
+    rows: int
+    newest: int  # those among them whose value is the newest f(z): they ran out of evaluations or broke
+
+
+class Rows:
+    """What is known of every row of a batch, and what was written down of the finished ones.
+
+    Args:
+        z: (B, D) the starting states.
+        rule: when a row is finished.
+        codes: what to write down.
+        scale: (B,) what the tolerance is relative to instead; or None.
+
+    Attributes:
+        now: looks so far.
+        going: (b,) uint8 of the rows that are present: 1 for those that are not finished, 2 for those that
+            finished in the last look and wait for ``store``.
+        places: (b,) of the rows that are present in the batch.
+        status: (B,) int64.
+        steps: (B,) int64.
+        residual: (B,).
+    """
+
+    def __init__(self, z: Tensor, rule: Rule, codes: Codes, scale: Tensor | None = None):
+        batch = z.shape[0]
+        self.rule, self.codes, self.now = rule, codes, 0
+        self._stop = _SCALED if scale is not None else _RELATIVE if rule.relative else _ABSOLUTE
+        # The limit, the earlier change (none yet), whether the last one was over the limit, and the scale.
+        self._marks = z.new_empty((batch, _MARKS))
+        self._marks[:, 1], self._marks[:, 2] = float("nan"), 0
+        if scale is not None:
+            self._marks[:, 3] = scale
+        self.going = torch.ones(batch, dtype=torch.uint8, device=z.device)
+        self.places = torch.arange(batch, device=z.device)
+        self._born = torch.zeros_like(self.places)
+        self.status, self.steps = torch.empty_like(self.places), torch.empty_like(self.places)
+        self.residual = z.new_empty(batch)
+        self._tiny = torch.finfo(z.dtype).tiny
+        self._find()
+
+    def _find(self) -> None:
+        """Look up where the arrays are, once for many looks."""
+        arrays = (self._marks, self.going, self._born, self.places, self.status, self.steps, self.residual)
+        self._addresses = tuple(array.data_ptr() for array in arrays)
+
+    def look(self, z: Tensor, fz: Tensor, r: Tensor, measured: Tensor | None = None) -> Ended:
+        """Measure the present rows after an evaluation, and write down those that are finished.
+
+        Args:
+            z: (b, D) the iterates, as ``same`` makes them.
+            fz: (b, D) ``f(z)``, so too.
+            r: (b, D) to be written: ``f(z) - z``.
+            measured: (3, b) to be written: change, size and bound; or None.
+        """
+        assert library is not None
+        rule, self.now = self.rule, self.now + 1
+        ended = library.look(
+            z.dtype is torch.float64,
+            threads(z),
+            z.shape[0],
+            z.shape[1],
+            fz.data_ptr(),
+            z.data_ptr(),
+            r.data_ptr(),
+            0 if measured is None else measured.data_ptr(),
+            *self._addresses,
+            rule.tol,
+            rule.floor,
+            rule.growth,
+            rule.still,
+            self._tiny,
+            self._stop,
+            rule.largest,
+            self.now,
+            rule.patience,
+            rule.most,
+            *self.codes,
+        )
+        return Ended(*ended)
+
+    def store(self, z: Tensor, fz: Tensor, value: Tensor) -> None:
+        """Write the values of the rows that finished in the last look to their places in (B, D) ``value``."""
+        assert library is not None
+        _, going, _, places, status, _, _ = self._addresses
+        library.store(
+            z.dtype is torch.float64,
+            threads(z),
+            z.shape[0],
+            z.shape[1],
+            fz.data_ptr(),
+            z.data_ptr(),
+            places,
+            status,
+            going,
+            value.data_ptr(),
+            self.codes.max_iter,
+            self.codes.non_finite,
+        )
+
+    def compact(self, unfinished: int) -> Tensor:
+        """Drop the finished rows of a batch that all came at once; (b,) the others' places, ascending."""
+        assert library is not None
+        kept = self.places.new_empty(unfinished)
+        marks, going, _, places, *_ = self._addresses
+        library.compact(self._marks.element_size(), len(self.going), marks, going, places, kept.data_ptr())
+        self.going, self.places = self.going[:unfinished], self.places[:unfinished]
+        return kept
+
+
+def same(x: Tensor, z: Tensor) -> Tensor:
+    """``x`` as the passes read it: of the dtype of ``z``, its rows one after the other."""
+    return x if x.dtype is z.dtype and x.is_contiguous() else x.to(z.dtype).contiguous()
+
+
+def shrunk(x: Tensor, kept: Tensor) -> Tensor:
+    """Some rows of ``x``, moved to the front of its memory, which nobody else may use.
+
+    Args:
+        x: (b, ...) contiguous, on the CPU.
+        kept: (n,) int64 places, ascending.
+    """
+    assert library is not None
+    if x.numel():
+        library.shrink(x.data_ptr(), x.stride(0) * x.element_size(), kept.data_ptr(), len(kept))
+    return x[: len(kept)]
+
+
+def anderson(
+    fz: Tensor,
+    r: Tensor,
+    last: Tensor,
+    memory: Tensor,
+    numbers: Tensor,
+    *,
+    newest: int,
+    start: int,
+    damping: float,
+    restart: float,
+    noise: float,
+    blurred: float,
+) -> Tensor:
+    """One step of Anderson acceleration; see :mod:`~twnn_plugin.solvers.anderson_rows` for what it keeps.
+
+    Args:
+        fz: (b, D) ``f(z)``.
+        r: (b, D) ``f(z) - z``.
+        last: (b, D) ``f(z)`` of the step before; not read in rows that take no difference yet.
+        memory: (b, 2 m + 1, D) the pairs q, p of each slot and the last residual; written to.
+        numbers: (b, 2 m + 3) gamma and weight of each slot, the smallest ``||r||``, its blur, and the steps
+            made; written to.
+        newest: the slot that this step's difference takes.
+        start: plain steps before differences are taken.
+        damping: share of the residual that is added.
+        restart: growth of ``||r||`` over its smallest that ends a row's history.
+        noise: share of ``||r||`` below which a difference is noise.
+        blurred: share of ``||f(z)||`` below which it is.
+
+    Returns:
+        (b, D) the next iterates, in new memory.
+    """
+    assert library is not None
+    fz, r, last = same(fz, memory), same(r, memory), same(last, memory)
+    following = torch.empty_like(fz)
+    library.anderson(
+        memory.dtype is torch.float64,
+        threads(fz),
+        fz.shape[0],
+        fz.shape[1],
+        fz.data_ptr(),
+        r.data_ptr(),
+        last.data_ptr(),
+        memory.data_ptr(),
+        numbers.data_ptr(),
+        following.data_ptr(),
+        damping,
+        restart,
+        noise,
+        blurred,
+        (memory.shape[1] - 1) // 2,
+        newest,
+        start,
+    )
+    return following

@@ -1,0 +1,94 @@
+"""What is known of every row while a batch is solved for, where compiled kernels can keep it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..types import Iteration, Status
+from .base import Control, Outcome, Problem
+from .book import GROWTH, PATIENCE, still
+from .measure import EPS, report_residual
+
+__all__ = ["CODES", "BookRows", "fits", "rule_of"]
+
+CODES = kernels.Codes(**{status.name: int(status) for status in Status})
+
+
+def fits(z: Tensor, control: Control) -> bool:
+    """Whether a solve from the (b, D) matrix ``z`` can be kept in a :class:`BookRows`."""
+    plain = not control.coupled and not control.parts and control.seen is None
+    return plain and kernels.takes(z)
+
+
+def rule_of(control: Control, dtype: torch.dtype) -> kernels.Rule:
+    """The stopping rule as the kernels take it."""
+    return kernels.Rule(
+        control.tol,
+        control.stop == "rel",
+        control.norm == "max",
+        control.max_iter,
+        EPS,
+        GROWTH,
+        still(dtype, control.coarse),
+        PATIENCE,
+    )
+
+
+class BookRows:
+    """:class:`~twnn_plugin.solvers.book.Book` with the same rules, in one pass over the rows a step."""
+
+    alive: None = None  # needed only where gradients are recorded
+
+    def __init__(self, z: Tensor, control: Control):
+        rule = rule_of(control, z.dtype)
+        self.control, self.batch, self.unfinished = control, z.shape[0], z.shape[0]
+        self._rows = kernels.Rows(z, rule, CODES, control.scale)
+        self._value: Tensor | None = None
+
+    def settle(
+        self, k: int, z: Tensor, fz: Tensor, memory: Tensor | None, problem: Problem
+    ) -> tuple[Tensor, bool]:
+        """As :meth:`Book.settle <twnn_plugin.solvers.book.Book.settle>`."""
+        rows, watched = self._rows, self.control.callback is not None
+        r = torch.empty_like(z, memory_format=torch.contiguous_format) if memory is None else memory
+        at, to = kernels.same(z, r), kernels.same(fz, r)
+        before = rows.going == 1 if watched else None
+        measured = z.new_empty((3, len(z))) if watched else None
+        ended = rows.look(at, to, r, measured)
+        if before is not None and measured is not None:
+            self._call_back(k, at, before, measured, problem)
+        if ended.rows == 0:
+            return r, False
+        self.unfinished -= ended.rows
+        if ended.rows == self.batch and ended.newest in (0, ended.rows):  # all at once: it is there already
+            self._value = to if ended.newest else at
+            return r, True
+        if self._value is None:
+            self._value = z.new_empty((self.batch, z.shape[1]))
+        rows.store(at, to, self._value)
+        return r, True
+
+    def _call_back(self, k: int, z: Tensor, alive: Tensor, measured: Tensor, problem: Problem) -> None:
+        control, places = self.control, self._rows.places[alive]
+        assert control.callback is not None
+        if control.scale is not None:
+            control = replace(control, scale=control.scale.detach()[places])
+        residual = report_residual(*measured[:2, alive], control)
+        control.callback(Iteration(k, places, residual, problem.evaluations, z[alive]))
+
+    def exhaust(self, fz: Tensor) -> None:
+        """Nothing is left to write down: the last look has seen that it was the last."""
+
+    def compact(self) -> Tensor:
+        """Drop the finished rows; the indices of those that stay."""
+        return self._rows.compact(self.unfinished)
+
+    def outcome(self) -> Outcome:
+        """The whole batch, in its order; every row must be finished."""
+        assert self._value is not None
+        rows = self._rows
+        return Outcome(self._value, rows.status, rows.steps, rows.residual)
