@@ -93,7 +93,9 @@ def test_anderson_takes_the_same_steps(batch, size, memory, start, damping, norm
 @built
 @quiet
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden", "newton_krylov", "auto", "ad_fixed_point"])
+@pytest.mark.parametrize(
+    "solver", ["picard", "anderson", "broyden", "newton_krylov", "auto", "ad_fixed_point"]
+)
 @pytest.mark.parametrize("make", problems.ALL)
 def test_every_solver_has_the_same_outcome(make, solver, dtype):
     p = make()
@@ -120,7 +122,9 @@ def test_gradients_agree(adjoint):
     def gradients() -> tuple[Tensor, ...]:
         x = p.context[0].clone().requires_grad_()
         solver = "ad_fixed_point" if adjoint == "ad_fixed_point" else "anderson"
-        solution = tw.fix(p.f, p.z0, x, *p.context[1:], solver=solver, adjoint=adjoint, tol=1e-10, max_iter=200)
+        solution = tw.fix(
+            p.f, p.z0, x, *p.context[1:], solver=solver, adjoint=adjoint, tol=1e-10, max_iter=200
+        )
         return torch.autograd.grad(solution.value.sin().sum(), [x, *p.parameters])
 
     for one, other in zip(*both(gradients), strict=True):
@@ -241,7 +245,9 @@ def test_values_that_lie_elsewhere_in_memory_are_read_right():
     with torch.no_grad():
         expected = tw.fix(lambda z, x: 0.5 * z.cos() + x, torch.zeros(6, 10), x, tol=1e-6)
         for name, view in views.items():
-            solution = tw.fix(lambda z, x, v=view: v(0.5 * z.cos() + x), view(torch.zeros(6, 10)), x, tol=1e-6)
+            solution = tw.fix(
+                lambda z, x, v=view: v(0.5 * z.cos() + x), view(torch.zeros(6, 10)), x, tol=1e-6
+            )
             assert torch.equal(solution.value, expected.value), name
         one = torch.zeros(1, 10).expand(6, 10)
         assert torch.equal(tw.fix(lambda z, x: 0.5 * z.cos() + x, one, x, tol=1e-6).value, expected.value)
@@ -339,14 +345,25 @@ def test_without_them_the_solvers_say_why_and_work(tmp_path):
         "print(kernels.describe())"
     )
     done = _python(code)
-    assert done.stdout.startswith("not built: install the package again where there is a C compiler"), done.stderr
+    assert done.stdout.startswith("not built: install the package again where there is a C compiler"), (
+        done.stderr
+    )
 
 
 @pytest.mark.slow
 def test_a_machine_without_a_compiler_installs_all_the_same(tmp_path):
     pytest.importorskip("setuptools")
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "l", "--build-temp", tmp_path],
+        [
+            sys.executable,
+            "setup.py",
+            "-q",
+            "build_ext",
+            "--build-lib",
+            tmp_path / "l",
+            "--build-temp",
+            tmp_path,
+        ],
         env={**os.environ, "CC": "/nonexistent/cc"},
         cwd=ROOT,
         text=True,

@@ -122,8 +122,11 @@ CLONES static Ended N(look)(ptrdiff_t from, ptrdiff_t to, const void *given)
             ((T *)job->measured)[row + 2 * job->rows] = bound;
         }
         const int64_t age = job->now - ((const int64_t *)job->born)[row];
-        if (age == 1)
+        if (age == 1) { /* nothing is known of it yet */
             *limit = growth * (change + size);
+            *earlier = (T)NAN;
+            *over = 0;
+        }
         int low = change < *limit; /* false for NaN */
         if (low) {
             *over = 0;

@@ -204,6 +204,25 @@ static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
     return run(wide ? store_double : store_float, job.rows, &job, threads);
 }
 
+/* All rows of a batch come at once, and go on. */
+static PyObject *begin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 4))
+        return NULL;
+    Given given = {args};
+    const ptrdiff_t rows = whole(&given);
+    unsigned char *alive = address(&given);
+    int64_t *born = address(&given), *places = address(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        alive[row] = GOING;
+        born[row] = 0;
+        places[row] = row;
+    }
+    Py_RETURN_NONE;
+}
+
 /* The rows that go on, moved to the front of their arrays; where they were goes to `kept`. */
 static PyObject *compact(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
@@ -276,6 +295,7 @@ static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py
 static PyMethodDef methods[] = {
     {"look", (PyCFunction)(void (*)(void))look, METH_FASTCALL, NULL},
     {"store", (PyCFunction)(void (*)(void))store, METH_FASTCALL, NULL},
+    {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, NULL},
     {"compact", (PyCFunction)(void (*)(void))compact, METH_FASTCALL, NULL},
     {"shrink", (PyCFunction)(void (*)(void))shrink, METH_FASTCALL, NULL},
     {"anderson", (PyCFunction)(void (*)(void))anderson, METH_FASTCALL, NULL},

@@ -80,18 +80,17 @@ class Rows:
         batch = z.shape[0]
         self.rule, self.codes, self.now = rule, codes, 0
         self._stop = _SCALED if scale is not None else _RELATIVE if rule.relative else _ABSOLUTE
-        # The limit, the earlier change (none yet), whether the last one was over the limit, and the scale.
+        # The limit, the earlier change, whether the last one was over the limit, and the scale.
         self._marks = z.new_empty((batch, _MARKS))
-        self._marks[:, 1], self._marks[:, 2] = float("nan"), 0
         if scale is not None:
             self._marks[:, 3] = scale
-        self.going = torch.ones(batch, dtype=torch.uint8, device=z.device)
-        self.places = torch.arange(batch, device=z.device)
-        self._born = torch.zeros_like(self.places)
-        self.status, self.steps = torch.empty_like(self.places), torch.empty_like(self.places)
+        self.going = z.new_empty(batch, dtype=torch.uint8)
+        self._born, self.places, self.status, self.steps = z.new_empty((4, batch), dtype=torch.int64).unbind()
         self.residual = z.new_empty(batch)
         self._tiny = torch.finfo(z.dtype).tiny
         self._find()
+        assert library is not None
+        library.begin(batch, *self._addresses[1:4])
 
     def _find(self) -> None:
         """Look up where the arrays are, once for many looks."""

@@ -95,9 +95,11 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
     A finished row's value is kept at once. Its place in the batch is given up when enough places
     are free; until then the row is still evaluated, and what becomes of it there is ignored.
     """
-    book: Book | BookRows = Book(z, control)
+    book: Book | BookRows
     if fits(z, control):
         book, solver = BookRows(z, control), solver.compiled()
+    else:
+        book = Book(z, control)
     state = solver.init(z)
     spare: Tensor | None = None
     fz = problem.evaluate(z)
