@@ -148,8 +148,8 @@ def test_torchdeq_6_an_absolute_regulariser_spoils_anderson_on_small_states(scal
 def test_torchdeq_6_anderson_on_a_non_normal_system():
     """torchdeq: 400 evaluations and not converged, against 261 of plain iteration.
 
-    Rounding decides how many evaluations acceleration takes here, from half as many as plain iteration to three
-    times; so it is asked on several.
+    Rounding decides how many evaluations acceleration takes here, from half as many as plain iteration to
+    three times; so it is asked on several.
     """
     ratios = []
     for seed in range(8):

@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
+from twnn_plugin import kernels
+
 from .bench import Settings
 
 __all__ = ["code_of", "dates_of", "days_of", "inherited", "provenance", "stamp", "versions_of", "where_of"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchdeq", "timm", "numpy", "twnn-plugin")
-STAMPED = ("commit", "dirty", "python", *PACKAGES, "cpu", "gpu")
+STAMPED = ("commit", "dirty", "python", *PACKAGES, "cpu", "gpu", "kernels")
 """What each cell says of itself, beside its date."""
 
 
@@ -44,6 +46,7 @@ def provenance(settings: Settings, command: str) -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
+        "kernels": kernels.describe(),
         "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,
         "cuda": torch.version.cuda if settings.device == "cuda" else None,
         "settings": settings.as_json(),
@@ -97,7 +100,11 @@ def where_of(run: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     """The device that measured: GPU, or CPU and its threads."""
     if run["gpu"]:
         return _distinct(run, cells, "gpu")
-    return f"{_distinct(run, cells, 'cpu')}, {run['threads']} thread(s)"
+    origins = [origin for origin in _origins(run, cells) if origin is not None]
+    # Results from before there were any do not mention them.
+    known = dict.fromkeys(origin["kernels"] for origin in origins if origin.get("kernels"))
+    compiled = f", compiled kernels {' and '.join(known)}" if known else ""
+    return f"{_distinct(run, cells, 'cpu')}, {run['threads']} thread(s){compiled}"
 
 
 def _origins(run: dict[str, Any], cells: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
