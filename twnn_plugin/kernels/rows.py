@@ -12,7 +12,7 @@ from .switch import library, threads
 __all__ = ["Codes", "Ended", "Rows", "Rule", "anderson", "same", "shrunk"]
 
 _ABSOLUTE, _RELATIVE, _SCALED = range(3)  # as in rows.c
-_MARKS = 4
+_MARKS, _LEAVING = 4, 2
 
 
 class Rule(NamedTuple):
@@ -159,6 +159,41 @@ class Rows:
         library.compact(self._marks.element_size(), len(self.going), marks, going, places, kept.data_ptr())
         self.going, self.places = self.going[:unfinished], self.places[:unfinished]
         return kept
+
+    # Rows that come and go one by one: everything is known of those that are present, at their places.
+
+    def extend(self, count: int) -> None:
+        """Let ``count`` rows in after the others."""
+        here = len(self.going)
+        places = torch.arange(here + count, device=self.going.device)
+        # What is copied for the new rows is nothing that is read of them.
+        self._gather(places.clamp_max(here - 1) if here else None, here + count)
+        self.renew(places[here:])
+
+    def renew(self, index: Tensor) -> None:
+        """Let rows in, in the (n,) places of others."""
+        self.going.index_fill_(0, index, 1)
+        self._born.index_fill_(0, index, self.now)
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with the rows in these (n,) places alone."""
+        self._gather(index, len(index))
+
+    def take_finished(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Places, status and steps, (n,) each, of the rows that finished in the last look; theirs are free."""
+        index = torch.nonzero(self.going == _LEAVING).flatten()
+        self.going.bitwise_and_(1)
+        return index, self.status.index_select(0, index), self.steps.index_select(0, index)
+
+    def _gather(self, index: Tensor | None, count: int) -> None:
+        """The arrays for ``count`` rows, with what is known of those in the places ``index``."""
+        names = ("_marks", "going", "_born", "status", "steps", "residual")
+        for name in names:
+            old = getattr(self, name)
+            new = old.new_empty((count, *old.shape[1:])) if index is None else old.index_select(0, index)
+            setattr(self, name, new)
+        self.places = torch.arange(count, device=self.going.device)
+        self._find()
 
 
 def same(x: Tensor, z: Tensor) -> Tensor:

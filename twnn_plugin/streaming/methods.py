@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..solvers.base import StepSolver
-from ..solvers.masked import take
 from ..trees import leaves, rebuild
 
 __all__ = ["Cohorts", "Method", "Renewing"]
@@ -94,7 +93,7 @@ class Renewing(Method):
     def keep(self, places: Sequence[int], index: Callable[[Sequence[int]], Tensor]) -> None:
         if len(places) < self._size:
             self._size = len(places)
-            self._state = take(self._state, index(places)) if places else None
+            self._state = self.solver.keep(self._state, index(places)) if places else None
 
 
 class _Cohort(NamedTuple):
@@ -140,7 +139,7 @@ class Cohorts(Method):
             if not local:
                 continue
             if len(local) < size:
-                state = take(state, index(local))
+                state = self.solver.keep(state, index(local))
             _append(cohorts, _Cohort(len(local), state))
         self._cohorts = cohorts
 

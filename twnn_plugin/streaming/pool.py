@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..adjoints.equation import Equation
+from ..solvers.book_rows import fits
 from .active_rows import ActiveRows
 from .device_rows import DeviceRows
 from .host_rows import HostRows
+from .kernel_rows import KernelRows
 from .methods import Cohorts, Method, Renewing
 from .request import Done, Request
 from .sameness import same
@@ -49,13 +51,18 @@ class Pool:
         self._context = tuple(c[:0] for c in first.equation.context)
         at_hand = first.z.device.type == "cpu"  # looks at numbers cost little
         every = self.control.check_every or (1 if at_hand else _EVERY)
-        self._rows: ActiveRows = (
-            HostRows(first.z, self.control)
-            if at_hand and every == 1
-            else DeviceRows(first.z, self.control, every)
-        )
-        kind = Renewing if self.solver.renews else Cohorts
-        self._method: Method = kind(self.solver, self._evaluate_part)
+        solver = self.solver
+        self._rows: ActiveRows
+        with self.modes.entered():
+            compiled = every == 1 and fits(first.z, self.control)
+        if compiled:
+            self._rows, solver = KernelRows(first.z, self.control), solver.compiled()
+        elif at_hand and every == 1:
+            self._rows = HostRows(first.z, self.control)
+        else:
+            self._rows = DeviceRows(first.z, self.control, every)
+        kind = Renewing if solver.renews else Cohorts
+        self._method: Method = kind(solver, self._evaluate_part)
 
     def accepts(self, request: Request) -> bool:
         """Whether the request's rows may share a batch with those here."""
