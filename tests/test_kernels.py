@@ -92,6 +92,61 @@ def test_anderson_takes_the_same_steps(batch, size, memory, start, damping, norm
 
 @built
 @quiet
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 7),
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    exponent=st.integers(-6, 6),
+    solver=st.sampled_from(["picard", "anderson"]),
+    options=st.fixed_dictionaries({"start": st.integers(0, 4), "damping": st.sampled_from([1.0, 0.5])}),
+    norm=st.sampled_from(["l2", "max"]),
+    seed=st.integers(0, 1000),
+)
+def test_parts_in_different_units_take_the_same_steps(batch, sizes, exponent, solver, options, norm, seed):
+    generator = torch.Generator().manual_seed(seed)
+    units = [10.0 ** (exponent * i) for i in range(len(sizes))]
+    weights = [torch.randn(n, n, generator=generator, dtype=torch.float64) for n in sizes]
+    weights = [0.8 * w / torch.linalg.matrix_norm(w, 2) for w in weights]
+    x = torch.randn(batch, 1, generator=generator, dtype=torch.float64)
+
+    def f(z, x):
+        mean = sum(part.mean(dim=1, keepdim=True) / unit for part, unit in zip(z, units, strict=True))
+        pairs = zip(z, weights, units, strict=True)
+        return tuple(u * torch.tanh(part / u @ w + x + 0.1 * mean) for part, w, u in pairs)
+
+    z0 = tuple(torch.zeros(batch, n, dtype=torch.float64) for n in sizes)
+    method = tw.solver("anderson", **options) if solver == "anderson" else solver
+
+    def solve():
+        with torch.no_grad():
+            return tw.fix(f, z0, x, solver=method, tol=1e-5, max_iter=80, norm=norm)
+
+    one, other = both(solve)
+    assert int((one.steps - other.steps).abs().max()) <= (0 if solver == "picard" else 1)
+    for a, b, unit in zip(one.value, other.value, units, strict=True):
+        assert torch.allclose(a / unit, b / unit, rtol=1e-4, atol=1e-5)
+
+
+@built
+def test_a_part_that_is_not_a_number_is_the_farthest_from_rest():
+    x = torch.ones(3, 2, dtype=torch.float64)
+    x[1, 0], x[2, 1] = math.nan, math.inf
+
+    def f(z, x):
+        return 0.5 * z[0] + x[:, :1], 0.5 * z[1] + x[:, 1:]
+
+    def solve():
+        start = (torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64))
+        with torch.no_grad(), pytest.warns(tw.ConvergenceWarning, match="2 of 3"):
+            return tw.fix(f, start, x, solver="picard", tol=1e-6)
+
+    one, other = both(solve)
+    assert one.status.tolist() == other.status.tolist() == [0, 3, 3]
+    assert torch.equal(one.steps, other.steps)
+
+
+@built
+@quiet
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "solver", ["picard", "anderson", "broyden", "newton_krylov", "auto", "ad_fixed_point"]
@@ -297,7 +352,7 @@ def test_they_are_used_where_nothing_is_recorded():
         for other in (z.half(), z.bfloat16(), z.to("meta"), z.long(), torch.nn.Parameter(z)):
             assert not fits(other, control)
         assert not fits(z, Control(1e-3, 10, coupled=True))
-        assert not fits(z, Control(1e-3, 10, parts=(1, 3)))
+        assert fits(z, Control(1e-3, 10, parts=(1, 3)))
         with forward_ad.dual_level():
             assert not fits(z, control)
         with kernels.disabled():
@@ -344,7 +399,7 @@ def test_without_them_the_solvers_say_why_and_work(tmp_path):
         "assert bool(solution.converged.all()) and solution.value.sub(2).abs().max() < 1e-3\n"
         "print(kernels.describe())"
     )
-    done = _python(code)
+    done = _python(code, TWNN_KERNELS="1")
     assert done.stdout.startswith("not built: install the package again where there is a C compiler"), (
         done.stderr
     )

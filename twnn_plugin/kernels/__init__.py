@@ -7,7 +7,7 @@ and the solvers use operations of torch, with the same results up to rounding; `
 environment, or :func:`disabled`, makes them do so.
 """
 
-from .rows import Codes, Ended, Rows, Rule, anderson, same, shrunk
+from .rows import Codes, Ended, Rows, Rule, anderson, same, shrunk, widths
 from .switch import available, describe, disabled, takes
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "same",
     "shrunk",
     "takes",
+    "widths",
 ]

@@ -97,6 +97,32 @@ INLINE void N(residual)(const T *restrict f, const T *restrict z, T *restrict r,
     *size = n == 1 ? FABS(*f) : SQRT((T)ff);
 }
 
+/* The same of the part of a row that is farthest from rest, relative to its own size; all of r is written. */
+INLINE void N(worst)(const T *f, const T *z, T *r, ptrdiff_t n, const int64_t *parts, int count, int largest, T floor,
+                     T *change, T *size)
+{
+    T worst = -1;
+    *change = *size = 0;
+    for (int part = 0; part < (count ? count : 1); part++) {
+        const ptrdiff_t width = count ? (ptrdiff_t)parts[part] : n;
+        T c, s;
+        N(residual)(f, z, r, width, &c, &s);
+        if (largest) {
+            c = N(largest)(r, width);
+            s /= SQRT((T)width);
+        }
+        const T ratio = c / (s + floor);
+        if (ratio > worst || (ratio != ratio && worst == worst)) { /* NaN counts as the largest */
+            worst = ratio;
+            *change = c;
+            *size = s;
+        }
+        f += width;
+        z += width;
+        r += width;
+    }
+}
+
 /* Rows from..to of a look: measured, judged, and written down if they are finished. solvers/book.py has the
  * rules. A row's marks are the change from which on it has diverged, the change when stagnation was last looked
  * for, whether its last change was beyond the limit, and what the tolerance is relative to. */
@@ -110,11 +136,8 @@ CLONES static Ended N(look)(ptrdiff_t from, ptrdiff_t to, const void *given)
         T *r = (T *)job->r + row * n, *marks = (T *)job->marks + row * MARKS;
         T *limit = marks, *earlier = marks + 1, *over = marks + 2, *scale = marks + 3;
         T change, size;
-        N(residual)((const T *)job->f + row * n, (const T *)job->z + row * n, r, n, &change, &size);
-        if (job->largest) {
-            change = N(largest)(r, n);
-            size /= SQRT((T)n);
-        }
+        N(worst)((const T *)job->f + row * n, (const T *)job->z + row * n, r, n, job->parts, job->count, job->largest,
+                 floor, &change, &size);
         const T bound = job->rule == SCALED ? tol * *scale : job->rule == RELATIVE ? tol * (size + floor) : tol;
         if (job->measured) {
             ((T *)job->measured)[row] = change;
@@ -181,23 +204,37 @@ CLONES static Ended N(store)(ptrdiff_t from, ptrdiff_t to, const void *given)
     return none;
 }
 
-/* Rows from..to of a step of Anderson acceleration; its row's numbers are gamma and weight of each slot, the
- * smallest residual so far, its blur and its age. solvers/anderson.py says what is computed and why. */
+/* A power of two near the rms of a part. */
+INLINE T N(unit)(const T *f, ptrdiff_t width)
+{
+    int exponent;
+    const T rms = N(norm)(f, width) / SQRT((T)width);
+    if (!isfinite(rms) || !(rms > 0))
+        return 1;
+    frexp((double)rms, &exponent);
+    return (T)ldexp(1.0, exponent - 1);
+}
+
+/* Rows from..to of a step of Anderson acceleration; solvers/anderson.py says what is computed and why. A row's
+ * numbers are gamma and weight of each slot, the smallest residual so far, its blur, its age, and the unit of each
+ * part of the state; residuals are kept in units. */
 CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
 {
     const Anderson *job = given;
     const ptrdiff_t n = job->width;
     const int slots = job->slots, newest = job->newest, start = job->start;
-    const Ended none = {0, 0};
     const int first = start > 1 ? start : 1; /* the age at which differences begin */
+    const int64_t whole = n, *widths = job->count ? job->parts : &whole;
+    const int count = job->count ? job->count : 1;
     const T restart = (T)job->restart, noise = (T)job->noise, blurred = (T)job->blurred;
     const T left = (T)(1 - job->damping); /* of the residual */
+    const Ended none = {0, 0};
     for (ptrdiff_t row = from; row < to; row++) {
         const T *f = (const T *)job->f + row * n, *r = (const T *)job->r + row * n;
         T *z = (T *)job->next + row * n;
-        T *memory = (T *)job->memory + row * (2 * slots + 1) * n, *r_last = memory + 2 * slots * n;
-        T *gamma = (T *)job->numbers + row * (2 * slots + 3), *weight = gamma + slots;
-        T *best = weight + slots, *blur = best + 1;
+        T *memory = (T *)job->memory + row * (2 * slots + 1) * n, *last = memory + 2 * slots * n;
+        T *gamma = (T *)job->numbers + row * (2 * slots + 3 + job->count), *weight = gamma + slots;
+        T *best = weight + slots, *blur = best + 1, *units = best + 3;
         const double age = best[2];
         best[2] += 1;
         memcpy(z, f, (size_t)n * sizeof(T));
@@ -205,56 +242,81 @@ CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
             N(subtract)(z, r, left, n);
         if (age < first - 1)
             continue;
-        if (age >= start) {
-            const T norm = N(norm)(r, n);
+        T *q = memory + 2 * newest * n, *p = q + n;
+        T ff = 0; /* ||f||^2, in units */
+        ptrdiff_t at = 0;
+        for (int part = 0; part < count; part++) {
+            const ptrdiff_t width = (ptrdiff_t)widths[part];
+            if (job->count && age == first - 1)
+                units[part] = N(unit)(f + at, width);
+            const T inverse = job->count ? 1 / units[part] : 1; /* exact */
+            if (age >= first)
+                for (ptrdiff_t i = at; i < at + width; i++) {
+                    const T own = r[i] * inverse;
+                    q[i] = own - last[i];
+                    last[i] = own;
+                }
+            else
+                for (ptrdiff_t i = at; i < at + width; i++)
+                    last[i] = r[i] * inverse;
             if (age == start) {
-                *best = norm;
-                *blur = blurred * N(norm)(f, n);
-            } else if (norm < *best || norm != norm) {
-                *best = norm;
+                const T size = N(norm)(f + at, width) * inverse;
+                ff = count > 1 ? ff + size * size : size;
             }
-            if (age >= first) {
-                T *q = memory + 2 * newest * n, *p = q + n;
-                const T *f_last = (const T *)job->f_last + row * n;
-                const int sound = norm <= *best * restart;
-                for (ptrdiff_t i = 0; i < n; i++) {
-                    q[i] = r[i] - r_last[i];
-                    p[i] = f[i] - f_last[i];
-                }
-                for (int k = 1; k < slots; k++) { /* oldest first */
-                    const int slot = (newest + k) % slots;
-                    if (!sound)
-                        weight[slot] = 0;
-                    if (weight[slot] == 0)
-                        continue;
-                    const T *q_old = memory + 2 * slot * n;
-                    const T h = (T)N(dot)(q_old, q, n);
-                    N(subtract)(q, q_old, h, n);
-                    N(subtract)(p, q_old + n, h, n);
-                    gamma[slot] += h; /* q.r from q.(last r), which is known, and q.dr */
-                }
-                const T rest = N(norm)(q, n);
-                weight[newest] = sound && rest > *blur + noise * norm;
-                if (weight[newest] != 0) {
-                    const T inverse = 1 / rest;
-                    for (ptrdiff_t i = 0; i < n; i++) {
-                        q[i] *= inverse;
-                        p[i] *= inverse;
-                    }
-                    gamma[newest] = (T)N(dot)(q, r, n);
-                }
-                for (int k = 1; k <= slots; k++) {
-                    const int slot = (newest + k) % slots;
-                    if (weight[slot] == 0)
-                        continue;
-                    const T *q_old = memory + 2 * slot * n;
-                    N(subtract)(z, q_old + n, gamma[slot], n);
-                    if (left != 0) /* p holds differences of f; damping takes its share of q's back */
-                        N(subtract)(z, q_old, -left * gamma[slot], n);
-                }
+            at += width;
+        }
+        if (age < start)
+            continue;
+        const T norm = N(norm)(last, n);
+        if (age == start) {
+            *best = norm;
+            *blur = blurred * (count > 1 ? SQRT(ff) : ff);
+        } else if (norm < *best || norm != norm) {
+            *best = norm;
+        }
+        if (age < first)
+            continue;
+        const T *f_last = (const T *)job->f_last + row * n;
+        const int sound = norm <= *best * restart;
+        for (ptrdiff_t i = 0; i < n; i++)
+            p[i] = f[i] - f_last[i];
+        for (int k = 1; k < slots; k++) { /* oldest first */
+            const int slot = (newest + k) % slots;
+            if (!sound)
+                weight[slot] = 0;
+            if (weight[slot] == 0)
+                continue;
+            const T *q_old = memory + 2 * slot * n;
+            const T h = (T)N(dot)(q_old, q, n);
+            N(subtract)(q, q_old, h, n);
+            N(subtract)(p, q_old + n, h, n);
+            gamma[slot] += h; /* q.r from q.(last r), which is known, and q.dr */
+        }
+        const T rest = N(norm)(q, n);
+        weight[newest] = sound && rest > *blur + noise * norm;
+        if (weight[newest] != 0) {
+            const T inverse = 1 / rest;
+            for (ptrdiff_t i = 0; i < n; i++) {
+                q[i] *= inverse;
+                p[i] *= inverse;
+            }
+            gamma[newest] = (T)N(dot)(q, last, n);
+        }
+        for (int k = 1; k <= slots; k++) {
+            const int slot = (newest + k) % slots;
+            if (weight[slot] == 0)
+                continue;
+            const T *q_old = memory + 2 * slot * n;
+            N(subtract)(z, q_old + n, gamma[slot], n);
+            if (left == 0)
+                continue;
+            at = 0; /* p holds differences of f; damping takes its share of q's back */
+            for (int part = 0; part < count; part++) {
+                const T unit = job->count ? units[part] : 1;
+                N(subtract)(z + at, q_old + at, -left * gamma[slot] * unit, (ptrdiff_t)widths[part]);
+                at += (ptrdiff_t)widths[part];
             }
         }
-        memcpy(r_last, r, (size_t)n * sizeof(T));
     }
     return none;
 }

@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 1 /* of the arguments; another one in kernels/switch.py means that this was built before it */
+#define VERSION 2 /* of the arguments; another one in kernels/switch.py means that this was built before it */
 #define MARKS 4   /* of a row */
 
 #if defined(__GNUC__)
@@ -41,6 +41,8 @@ typedef struct {
     const void *f, *z;
     void *r, *measured; /* measured: or NULL */
     void *marks, *alive;
+    const int64_t *parts; /* widths of `count` parts of a row to measure apart; 0: the row is one */
+    int count;
     const void *born;   /* evaluations there had been when a row came */
     const void *places; /* of the rows in the whole batch */
     void *status, *steps, *residual;
@@ -63,6 +65,8 @@ typedef struct {
     void *memory, *numbers, *next;
     double damping, restart, noise, blurred;
     int slots, newest, start;
+    const int64_t *parts; /* widths of `count` parts of a row that may differ in units; 0: the row is one */
+    int count;
 } Anderson;
 
 /* What a pass tells: rows that finished, and those among them whose value is the newest, not the last. */
@@ -150,7 +154,7 @@ static PyObject *run(Kernel *kernel, ptrdiff_t rows, const void *job, int thread
 
 static PyObject *look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 30))
+    if (!counted(count, 32))
         return NULL;
     Given given = {args};
     const int wide = (int)whole(&given), threads = (int)whole(&given);
@@ -182,6 +186,8 @@ static PyObject *look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
     job.diverged = (int)whole(&given);
     job.non_finite = (int)whole(&given);
     job.stagnated = (int)whole(&given);
+    job.parts = address(&given);
+    job.count = (int)whole(&given);
     return run(wide ? look_double : look_float, job.rows, &job, threads);
 }
 
@@ -270,7 +276,7 @@ static PyObject *shrink(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
 
 static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 17))
+    if (!counted(count, 19))
         return NULL;
     Given given = {args};
     const int wide = (int)whole(&given), threads = (int)whole(&given);
@@ -289,6 +295,8 @@ static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     job.slots = (int)whole(&given);
     job.newest = (int)whole(&given);
     job.start = (int)whole(&given);
+    job.parts = address(&given);
+    job.count = (int)whole(&given);
     return run(wide ? anderson_double : anderson_float, job.rows, &job, threads);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .switch import library, threads
 
-__all__ = ["Codes", "Ended", "Rows", "Rule", "anderson", "same", "shrunk"]
+__all__ = ["Codes", "Ended", "Rows", "Rule", "anderson", "same", "shrunk", "widths"]
 
 _ABSOLUTE, _RELATIVE, _SCALED = range(3)  # as in rows.c
 _MARKS, _LEAVING = 4, 2
@@ -28,6 +29,8 @@ class Rule(NamedTuple):
         growth: the change that counts as divergence, in units of the first change and size.
         still: a change below this share of the state cannot be told from rounding.
         patience: evaluations between looks for stagnation.
+        parts: widths of parts of the state to measure apart, of which the one that is farthest from rest
+            counts; () for the whole.
     """
 
     tol: float
@@ -38,6 +41,7 @@ class Rule(NamedTuple):
     growth: float
     still: float
     patience: int
+    parts: tuple[int, ...] = ()
 
 
 class Codes(NamedTuple):
@@ -79,6 +83,7 @@ class Rows:
     def __init__(self, z: Tensor, rule: Rule, codes: Codes, scale: Tensor | None = None):
         batch = z.shape[0]
         self.rule, self.codes, self.now = rule, codes, 0
+        self._parts = widths(rule.parts)
         self._stop = _SCALED if scale is not None else _RELATIVE if rule.relative else _ABSOLUTE
         # The limit, the earlier change, whether the last one was over the limit, and the scale.
         self._marks = z.new_empty((batch, _MARKS))
@@ -129,6 +134,8 @@ class Rows:
             rule.patience,
             rule.most,
             *self.codes,
+            self._parts.data_ptr(),
+            len(rule.parts),
         )
         return Ended(*ended)
 
@@ -180,7 +187,7 @@ class Rows:
         self._gather(index, len(index))
 
     def take_finished(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Places, status and steps, (n,) each, of the rows that finished in the last look; theirs are free."""
+        """Places, status and steps, (n,) each, of the rows that finished in the last look; they make room."""
         index = torch.nonzero(self.going == _LEAVING).flatten()
         self.going.bitwise_and_(1)
         return index, self.status.index_select(0, index), self.steps.index_select(0, index)
@@ -194,6 +201,12 @@ class Rows:
             setattr(self, name, new)
         self.places = torch.arange(count, device=self.going.device)
         self._find()
+
+
+@functools.lru_cache(maxsize=64)
+def widths(parts: tuple[int, ...]) -> Tensor:
+    """The widths of parts as the kernels read them."""
+    return torch.tensor(parts, dtype=torch.int64, device="cpu")
 
 
 def same(x: Tensor, z: Tensor) -> Tensor:
@@ -221,6 +234,7 @@ def anderson(
     memory: Tensor,
     numbers: Tensor,
     *,
+    parts: Tensor,
     newest: int,
     start: int,
     damping: float,
@@ -235,8 +249,9 @@ def anderson(
         r: (b, D) ``f(z) - z``.
         last: (b, D) ``f(z)`` of the step before; not read in rows that take no difference yet.
         memory: (b, 2 m + 1, D) the pairs q, p of each slot and the last residual; written to.
-        numbers: (b, 2 m + 3) gamma and weight of each slot, the smallest ``||r||``, its blur, and the steps
-            made; written to.
+        numbers: (b, 2 m + 3 + n) gamma and weight of each slot, the smallest ``||r||``, its blur, the steps
+            made, and the unit of each part; written to.
+        parts: (n,) int64 widths of parts that may differ in units; of no entries for a state that is one.
         newest: the slot that this step's difference takes.
         start: plain steps before differences are taken.
         damping: share of the residual that is added.
@@ -268,5 +283,7 @@ def anderson(
         (memory.shape[1] - 1) // 2,
         newest,
         start,
+        parts.data_ptr(),
+        len(parts),
     )
     return following

@@ -94,7 +94,10 @@ class Anderson(StepSolver):
     def compiled(self) -> StepSolver:
         if type(self) is not Anderson:  # a subclass may do something else in a step
             return self
-        return AndersonRows(Settings(self.memory, self.damping, self.start, _RESTART, _NOISE, _BLUR))
+        return AndersonRows(self._settings(()))
+
+    def _settings(self, parts: tuple[int, ...]) -> Settings:
+        return Settings(self.memory, self.damping, self.start, _RESTART, _NOISE, _BLUR, parts)
 
     def units(self, fz: Tensor) -> Tensor | None:
         """(b, D) what the residuals are taken as multiples of, from values of ``f``; None: they are as is."""
@@ -255,6 +258,9 @@ class _OfParts(Anderson):
     """
 
     parts: tuple[int, ...] = ()
+
+    def compiled(self) -> StepSolver:
+        return AndersonRows(self._settings(self.parts))
 
     def units(self, fz: Tensor) -> Tensor:
         units = []

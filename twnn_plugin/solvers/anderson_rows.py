@@ -24,6 +24,7 @@ class Settings:
     restart: float
     noise: float
     blur: float
+    parts: tuple[int, ...] = ()
 
 
 class _History(NamedTuple):
@@ -31,7 +32,8 @@ class _History(NamedTuple):
     even: bool  # whether all rows have made as many
     fz: Tensor | None  # (b, D) the last f(z)
     memory: Tensor | None  # (b, 2 m + 1, D) the pairs q, p of each slot, and the last residual
-    numbers: Tensor | None  # (b, 2 m + 3) gamma and weight of each slot, smallest ||r||, blur, steps made
+    # (b, 2 m + 3 + n) gamma and weight of each slot, smallest ||r||, blur, steps made, and the parts' units
+    numbers: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class AndersonRows(StepSolver):
         self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _History
     ) -> tuple[Tensor, _History]:
         given, step = self.settings, state.step
-        if state.even and step < given.start:
+        newest = step == given.start - 1  # the first difference needs only the last pair
+        if state.even and (step < given.start - 1 or (newest and not given.parts)):
             plain = fz if given.damping == 1 else torch.add(z, r, alpha=given.damping)
-            if step < given.start - 1:
+            if not newest:
                 return plain, state._replace(step=step + 1)
             memory, numbers = self._room(fz, given.start)
             memory[:, -1] = r
@@ -70,6 +73,7 @@ class AndersonRows(StepSolver):
             fz if state.fz is None else state.fz,
             memory,
             numbers,
+            parts=kernels.widths(given.parts),
             newest=step % (memory.shape[1] // 2),
             start=given.start,
             damping=given.damping,
@@ -100,6 +104,6 @@ class AndersonRows(StepSolver):
         b, width = like.shape
         # Differences that span the whole space leave no residual, and say nothing of curvature.
         slots = min(self.settings.memory, max(1, width // 2))
-        numbers = like.new_zeros((b, 2 * slots + 3))
-        numbers[:, -1] = age
+        numbers = like.new_zeros((b, 2 * slots + 3 + len(self.settings.parts)))
+        numbers[:, 2 * slots + 2] = age
         return like.new_empty((b, 2 * slots + 1, width)), numbers

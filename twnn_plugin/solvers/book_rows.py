@@ -20,7 +20,7 @@ CODES = kernels.Codes(**{status.name: int(status) for status in Status})
 
 def fits(z: Tensor, control: Control) -> bool:
     """Whether a solve from the (b, D) matrix ``z`` can be kept in a :class:`BookRows`."""
-    plain = not control.coupled and not control.parts and control.seen is None
+    plain = not control.coupled and control.seen is None
     return plain and kernels.takes(z)
 
 
@@ -35,6 +35,7 @@ def rule_of(control: Control, dtype: torch.dtype) -> kernels.Rule:
         GROWTH,
         still(dtype, control.coarse),
         PATIENCE,
+        control.parts,
     )
 
 
