@@ -75,11 +75,13 @@ class BookRows:
 
     def _call_back(self, k: int, z: Tensor, alive: Tensor, measured: Tensor, problem: Problem) -> None:
         control, places = self.control, self._rows.places[alive]
-        assert control.callback is not None
+        callback = control.callback
+        assert callback is not None
         if control.scale is not None:
             control = replace(control, scale=control.scale.detach()[places])
-        residual = report_residual(*measured[:2, alive], control)
-        control.callback(Iteration(k, places, residual, problem.evaluations, z[alive]))
+        change, size, _ = measured[:, alive].unbind()
+        residual = report_residual(change, size, control)
+        callback(Iteration(k, places, residual, problem.evaluations, z[alive]))
 
     def exhaust(self, fz: Tensor) -> None:
         """Nothing is left to write down: the last look has seen that it was the last."""
