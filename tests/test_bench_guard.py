@@ -159,7 +159,7 @@ SOLVES = {
     "picard": Cost(220, 855),
 }
 GRADIENTS = {
-    "ad_fixed_point": Cost(344, 1390),
+    "ad_fixed_point": Cost(366, 1409),
     "checkpointed": Cost(478, 1116),
     "implicit": Cost(232, 1356),
     "one_step": Cost(168, 763),
@@ -179,7 +179,7 @@ OTHERS: dict[str, tuple[Callable[[], Cost], Cost]] = {
     "recurrent, window by window": (lambda: recurrent(10), Cost(20, 1976)),
 }
 COMPILED = {
-    "solver anderson": 101,
+    "solver anderson": 121,
     "solver picard": 215,
     "adjoint ad_fixed_point": 348,
     "adjoint implicit": 292,

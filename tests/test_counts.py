@@ -82,10 +82,10 @@ def test_operations_of_an_iteration(solver, most, most_wide):
 
 
 @pytest.mark.skipif(not kernels.available(), reason=f"compiled kernels: {kernels.describe()}")
-@pytest.mark.parametrize(("solver", "most"), [("picard", 0), ("anderson", 2)])
+@pytest.mark.parametrize(("solver", "most"), [("picard", 0), ("anderson", 3)])
 def test_operations_of_an_iteration_by_the_kernels(solver, most):
-    total, wide = per_iteration(tw.solvers.get(solver)())  # what is left is memory for the next iterate
-    assert total <= most and wide <= 1.1, (total, wide)
+    total, wide = per_iteration(tw.solvers.get(solver)())  # what is left is memory: an iterate, a residual
+    assert total <= most and wide <= 2.2, (total, wide)
 
 
 def test_operations_of_an_iteration_without_looks_of_the_host():

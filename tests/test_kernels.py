@@ -368,6 +368,8 @@ def test_a_subclass_of_a_solver_keeps_its_own_steps():
             return fz, state
 
     assert type(Lazy().compiled()) is Lazy
+    long = tw.solvers.get("anderson")(memory=kernels.SLOTS + 1)
+    assert long.compiled() is long  # longer than the kernels' histories
     assert tw.solvers.get("picard")().compiled() == tw.solvers.get("picard")()
 
 

@@ -7,10 +7,11 @@ and the solvers use operations of torch, with the same results up to rounding; `
 environment, or :func:`disabled`, makes them do so.
 """
 
-from .rows import Codes, Ended, Rows, Rule, anderson, same, shrunk, widths
+from .rows import SLOTS, Codes, Ended, Rows, Rule, anderson, same, shrunk, spread, widths
 from .switch import available, describe, disabled, takes
 
 __all__ = [
+    "SLOTS",
     "Codes",
     "Ended",
     "Rows",
@@ -21,6 +22,7 @@ __all__ = [
     "disabled",
     "same",
     "shrunk",
+    "spread",
     "takes",
     "widths",
 ]

@@ -185,25 +185,6 @@ CLONES static Ended N(look)(ptrdiff_t from, ptrdiff_t to, const void *given)
     return ended;
 }
 
-/* Rows from..to: the values of those that leave; of rows that went on to the end or broke, the newest. */
-CLONES static Ended N(store)(ptrdiff_t from, ptrdiff_t to, const void *given)
-{
-    const Store *job = given;
-    const ptrdiff_t n = job->width;
-    const Ended none = {0, 0};
-    for (ptrdiff_t row = from; row < to; row++) {
-        unsigned char *alive = (unsigned char *)job->alive + row;
-        if (*alive != LEAVING)
-            continue;
-        const int64_t place = ((const int64_t *)job->places)[row], status = ((const int64_t *)job->status)[place];
-        const int newest = status == job->max_iter || status == job->non_finite;
-        const T *value = (newest ? (const T *)job->f : (const T *)job->z) + row * n;
-        memcpy((T *)job->value + place * n, value, (size_t)n * sizeof(T));
-        *alive = GONE;
-    }
-    return none;
-}
-
 /* A power of two near the rms of a part. */
 INLINE T N(unit)(const T *f, ptrdiff_t width)
 {
@@ -217,7 +198,7 @@ INLINE T N(unit)(const T *f, ptrdiff_t width)
 
 /* Rows from..to of a step of Anderson acceleration; solvers/anderson.py says what is computed and why. A row's
  * numbers are gamma and weight of each slot, the smallest residual so far, its blur, its age, and the unit of each
- * part of the state; residuals are kept in units. */
+ * part of the state; the residual is left in units, as the next step's last one. */
 CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
 {
     const Anderson *job = given;
@@ -230,9 +211,8 @@ CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
     const T left = (T)(1 - job->damping); /* of the residual */
     const Ended none = {0, 0};
     for (ptrdiff_t row = from; row < to; row++) {
-        const T *f = (const T *)job->f + row * n, *r = (const T *)job->r + row * n;
-        T *z = (T *)job->next + row * n;
-        T *memory = (T *)job->memory + row * (2 * slots + 1) * n, *last = memory + 2 * slots * n;
+        const T *f = (const T *)job->f + row * n, *last = (const T *)job->last + row * n;
+        T *r = (T *)job->r + row * n, *z = (T *)job->next + row * n;
         T *gamma = (T *)job->numbers + row * (2 * slots + 3 + job->count), *weight = gamma + slots;
         T *best = weight + slots, *blur = best + 1, *units = best + 3;
         const double age = best[2];
@@ -242,7 +222,7 @@ CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
             N(subtract)(z, r, left, n);
         if (age < first - 1)
             continue;
-        T *q = memory + 2 * newest * n, *p = q + n;
+        T *q = age < first ? NULL : (T *)job->slot[newest] + 2 * row * n; /* there may be no slot yet */
         T ff = 0; /* ||f||^2, in units */
         ptrdiff_t at = 0;
         for (int part = 0; part < count; part++) {
@@ -250,15 +230,9 @@ CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
             if (job->count && age == first - 1)
                 units[part] = N(unit)(f + at, width);
             const T inverse = job->count ? 1 / units[part] : 1; /* exact */
-            if (age >= first)
-                for (ptrdiff_t i = at; i < at + width; i++) {
-                    const T own = r[i] * inverse;
-                    q[i] = own - last[i];
-                    last[i] = own;
-                }
-            else
+            if (job->count)
                 for (ptrdiff_t i = at; i < at + width; i++)
-                    last[i] = r[i] * inverse;
+                    r[i] *= inverse;
             if (age == start) {
                 const T size = N(norm)(f + at, width) * inverse;
                 ff = count > 1 ? ff + size * size : size;
@@ -267,7 +241,7 @@ CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
         }
         if (age < start)
             continue;
-        const T norm = N(norm)(last, n);
+        const T norm = N(norm)(r, n);
         if (age == start) {
             *best = norm;
             *blur = blurred * (count > 1 ? SQRT(ff) : ff);
@@ -276,17 +250,20 @@ CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
         }
         if (age < first)
             continue;
+        T *p = q + n;
         const T *f_last = (const T *)job->f_last + row * n;
         const int sound = norm <= *best * restart;
-        for (ptrdiff_t i = 0; i < n; i++)
+        for (ptrdiff_t i = 0; i < n; i++) {
+            q[i] = r[i] - last[i];
             p[i] = f[i] - f_last[i];
+        }
         for (int k = 1; k < slots; k++) { /* oldest first */
             const int slot = (newest + k) % slots;
             if (!sound)
                 weight[slot] = 0;
             if (weight[slot] == 0)
                 continue;
-            const T *q_old = memory + 2 * slot * n;
+            const T *q_old = (const T *)job->slot[slot] + 2 * row * n;
             const T h = (T)N(dot)(q_old, q, n);
             N(subtract)(q, q_old, h, n);
             N(subtract)(p, q_old + n, h, n);
@@ -300,13 +277,13 @@ CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
                 q[i] *= inverse;
                 p[i] *= inverse;
             }
-            gamma[newest] = (T)N(dot)(q, last, n);
+            gamma[newest] = (T)N(dot)(q, r, n);
         }
         for (int k = 1; k <= slots; k++) {
             const int slot = (newest + k) % slots;
             if (weight[slot] == 0)
                 continue;
-            const T *q_old = memory + 2 * slot * n;
+            const T *q_old = (const T *)job->slot[slot] + 2 * row * n;
             N(subtract)(z, q_old + n, gamma[slot], n);
             if (left == 0)
                 continue;

@@ -13,8 +13,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 2 /* of the arguments; another one in kernels/switch.py means that this was built before it */
+#define VERSION 4 /* of the arguments; another one in kernels/switch.py means that this was built before it */
 #define MARKS 4   /* of a row */
+#define SLOTS 64  /* of a history at most, as in kernels/rows.py */
 
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
@@ -54,19 +55,13 @@ typedef struct {
 
 typedef struct {
     ptrdiff_t rows, width;
-    const void *f, *z, *places, *status;
-    void *alive, *value;
-    int max_iter, non_finite;
-} Store;
-
-typedef struct {
-    ptrdiff_t rows, width;
-    const void *f, *r, *f_last;
-    void *memory, *numbers, *next;
+    const void *f, *f_last, *last;
+    void *r, *numbers, *next;
     double damping, restart, noise, blurred;
     int slots, newest, start;
     const int64_t *parts; /* widths of `count` parts of a row that may differ in units; 0: the row is one */
     int count;
+    void *slot[SLOTS]; /* a pair of vectors a row; those that do not exist yet have no weight */
 } Anderson;
 
 /* What a pass tells: rows that finished, and those among them whose value is the newest, not the last. */
@@ -191,23 +186,56 @@ static PyObject *look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
     return run(wide ? look_double : look_float, job.rows, &job, threads);
 }
 
+/* The values of the rows that leave, one after the other, and their places in the whole batch; of rows that ran out
+ * of evaluations or broke, the newest. */
 static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 12))
+    if (!counted(count, 11))
         return NULL;
     Given given = {args};
-    const int wide = (int)whole(&given), threads = (int)whole(&given);
-    Store job = {.rows = whole(&given)};
-    job.width = whole(&given);
-    job.f = address(&given);
-    job.z = address(&given);
-    job.places = address(&given);
-    job.status = address(&given);
-    job.alive = address(&given);
-    job.value = address(&given);
-    job.max_iter = (int)whole(&given);
-    job.non_finite = (int)whole(&given);
-    return run(wide ? store_double : store_float, job.rows, &job, threads);
+    const ptrdiff_t rows = whole(&given);
+    const size_t width = (size_t)whole(&given); /* bytes of a row */
+    const char *f = address(&given), *z = address(&given);
+    unsigned char *alive = address(&given);
+    const int64_t *places = address(&given), *status = address(&given);
+    char *value = address(&given);
+    int64_t *stored = address(&given);
+    const int64_t max_iter = whole(&given), non_finite = whole(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        if (alive[row] != LEAVING)
+            continue;
+        const int64_t place = places[row];
+        const int newest = status[place] == max_iter || status[place] == non_finite;
+        memcpy(value, (newest ? f : z) + (size_t)row * width, width);
+        value += width;
+        *stored++ = place;
+        alive[row] = GONE;
+    }
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+/* Rows that lie one after the other, to their places in the whole batch. */
+static PyObject *spread(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 5))
+        return NULL;
+    Given given = {args};
+    const ptrdiff_t rows = whole(&given);
+    const size_t width = (size_t)whole(&given); /* bytes of a row */
+    const char *value = address(&given);
+    const int64_t *places = address(&given);
+    char *batch = address(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    for (ptrdiff_t row = 0; row < rows; row++)
+        memcpy(batch + (size_t)places[row] * width, value + (size_t)row * width, width);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
 }
 
 /* All rows of a batch come at once, and go on. */
@@ -276,8 +304,8 @@ static PyObject *shrink(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
 
 static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 19))
-        return NULL;
+    if (count < 19 || count > 19 + SLOTS)
+        return PyErr_Format(PyExc_TypeError, "19 to %d arguments wanted; got %zd", 19 + SLOTS, count);
     Given given = {args};
     const int wide = (int)whole(&given), threads = (int)whole(&given);
     Anderson job = {.rows = whole(&given)};
@@ -285,7 +313,7 @@ static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     job.f = address(&given);
     job.r = address(&given);
     job.f_last = address(&given);
-    job.memory = address(&given);
+    job.last = address(&given);
     job.numbers = address(&given);
     job.next = address(&given);
     job.damping = real(&given);
@@ -297,12 +325,15 @@ static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     job.start = (int)whole(&given);
     job.parts = address(&given);
     job.count = (int)whole(&given);
+    for (Py_ssize_t slot = 0; slot < count - 19; slot++)
+        job.slot[slot] = address(&given);
     return run(wide ? anderson_double : anderson_float, job.rows, &job, threads);
 }
 
 static PyMethodDef methods[] = {
     {"look", (PyCFunction)(void (*)(void))look, METH_FASTCALL, NULL},
     {"store", (PyCFunction)(void (*)(void))store, METH_FASTCALL, NULL},
+    {"spread", (PyCFunction)(void (*)(void))spread, METH_FASTCALL, NULL},
     {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, NULL},
     {"compact", (PyCFunction)(void (*)(void))compact, METH_FASTCALL, NULL},
     {"shrink", (PyCFunction)(void (*)(void))shrink, METH_FASTCALL, NULL},

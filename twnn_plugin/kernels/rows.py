@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from .switch import library, threads
 
-__all__ = ["Codes", "Ended", "Rows", "Rule", "anderson", "same", "shrunk", "widths"]
+__all__ = ["SLOTS", "Codes", "Ended", "Rows", "Rule", "anderson", "same", "shrunk", "spread", "widths"]
 
 _ABSOLUTE, _RELATIVE, _SCALED = range(3)  # as in rows.c
 _MARKS, _LEAVING = 4, 2
+SLOTS = 64
+"""The longest history of :func:`anderson`."""
 
 
 class Rule(NamedTuple):
@@ -139,24 +142,25 @@ class Rows:
         )
         return Ended(*ended)
 
-    def store(self, z: Tensor, fz: Tensor, value: Tensor) -> None:
-        """Write the values of the rows that finished in the last look to their places in (B, D) ``value``."""
+    def store(self, z: Tensor, fz: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The values, (count, D), of the rows that finished in the last look, and their places, (count,)."""
         assert library is not None
         _, going, _, places, status, _, _ = self._addresses
+        value, stored = z.new_empty((count, z.shape[1])), self.places.new_empty(count)
         library.store(
-            z.dtype is torch.float64,
-            threads(z),
             z.shape[0],
-            z.shape[1],
+            z.shape[1] * z.element_size(),
             fz.data_ptr(),
             z.data_ptr(),
+            going,
             places,
             status,
-            going,
             value.data_ptr(),
+            stored.data_ptr(),
             self.codes.max_iter,
             self.codes.non_finite,
         )
+        return value, stored
 
     def compact(self, unfinished: int) -> Tensor:
         """Drop the finished rows of a batch that all came at once; (b,) the others' places, ascending."""
@@ -214,6 +218,16 @@ def same(x: Tensor, z: Tensor) -> Tensor:
     return x if x.dtype is z.dtype and x.is_contiguous() else x.to(z.dtype).contiguous()
 
 
+def spread(pieces: Sequence[tuple[Tensor, Tensor]], batch: int) -> Tensor:
+    """(batch, D) of rows that are in pieces: (n, D) values and (n,) places, every place once."""
+    assert library is not None
+    whole = pieces[0][0].new_empty((batch, pieces[0][0].shape[1]))
+    for value, places in pieces:
+        width = value.shape[1] * value.element_size()
+        library.spread(len(value), width, value.data_ptr(), places.data_ptr(), whole.data_ptr())
+    return whole
+
+
 def shrunk(x: Tensor, kept: Tensor) -> Tensor:
     """Some rows of ``x``, moved to the front of its memory, which nobody else may use.
 
@@ -222,6 +236,8 @@ def shrunk(x: Tensor, kept: Tensor) -> Tensor:
         kept: (n,) int64 places, ascending.
     """
     assert library is not None
+    if 2 * len(kept) <= x.untyped_storage().nbytes() // max(1, x.element_size() * x.stride(0)):
+        return x.index_select(0, kept)  # half of the memory and more is given back
     if x.numel():
         library.shrink(x.data_ptr(), x.stride(0) * x.element_size(), kept.data_ptr(), len(kept))
     return x[: len(kept)]
@@ -230,11 +246,13 @@ def shrunk(x: Tensor, kept: Tensor) -> Tensor:
 def anderson(
     fz: Tensor,
     r: Tensor,
+    before: Tensor,
     last: Tensor,
-    memory: Tensor,
+    slots: Sequence[Tensor],
     numbers: Tensor,
     *,
     parts: Tensor,
+    most: int,
     newest: int,
     start: int,
     damping: float,
@@ -246,12 +264,15 @@ def anderson(
 
     Args:
         fz: (b, D) ``f(z)``.
-        r: (b, D) ``f(z) - z``.
-        last: (b, D) ``f(z)`` of the step before; not read in rows that take no difference yet.
-        memory: (b, 2 m + 1, D) the pairs q, p of each slot and the last residual; written to.
-        numbers: (b, 2 m + 3 + n) gamma and weight of each slot, the smallest ``||r||``, its blur, the steps
-            made, and the unit of each part; written to.
+        r: (b, D) ``f(z) - z``, contiguous; in units afterwards, as the next step's ``last``.
+        before: (b, D) ``f(z)`` of the step before.
+        last: (b, D) the residual of the step before, as this function left it. Neither it nor ``before`` is read
+            in rows that take no difference yet.
+        slots: (b, 2, D) each, ``SLOTS`` at most: the pairs q, p; written to.
+        numbers: (b, 2 m + 3 + n) gamma and weight of each of ``most`` slots, the smallest ``||r||``, its
+            blur, the steps made, and the unit of each part; written to.
         parts: (n,) int64 widths of parts that may differ in units; of no entries for a state that is one.
+        most: m, slots that there will be.
         newest: the slot that this step's difference takes.
         start: plain steps before differences are taken.
         damping: share of the residual that is added.
@@ -263,27 +284,28 @@ def anderson(
         (b, D) the next iterates, in new memory.
     """
     assert library is not None
-    fz, r, last = same(fz, memory), same(r, memory), same(last, memory)
+    fz, before = same(fz, r), same(before, r)
     following = torch.empty_like(fz)
     library.anderson(
-        memory.dtype is torch.float64,
+        r.dtype is torch.float64,
         threads(fz),
         fz.shape[0],
         fz.shape[1],
         fz.data_ptr(),
         r.data_ptr(),
+        before.data_ptr(),
         last.data_ptr(),
-        memory.data_ptr(),
         numbers.data_ptr(),
         following.data_ptr(),
         damping,
         restart,
         noise,
         blurred,
-        (memory.shape[1] - 1) // 2,
+        most,
         newest,
         start,
         parts.data_ptr(),
         len(parts),
+        *(slot.data_ptr() for slot in slots),
     )
     return following

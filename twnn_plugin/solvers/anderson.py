@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..errors import OptionError
 from .anderson_rows import AndersonRows, Settings
 from .base import Problem, StepSolver, check_whole, is_number
@@ -92,12 +93,15 @@ class Anderson(StepSolver):
         return _OfParts(self.memory, self.damping, self.start, parts)
 
     def compiled(self) -> StepSolver:
-        if type(self) is not Anderson:  # a subclass may do something else in a step
-            return self
-        return AndersonRows(self._settings(()))
+        # A subclass may do something else in a step.
+        return self._compiled(()) if type(self) is Anderson else self
 
-    def _settings(self, parts: tuple[int, ...]) -> Settings:
-        return Settings(self.memory, self.damping, self.start, _RESTART, _NOISE, _BLUR, parts)
+    def _compiled(self, parts: tuple[int, ...]) -> StepSolver:
+        if self.memory > kernels.SLOTS:
+            return self
+        return AndersonRows(
+            Settings(self.memory, self.damping, self.start, _RESTART, _NOISE, _BLUR, parts),
+        )
 
     def units(self, fz: Tensor) -> Tensor | None:
         """(b, D) what the residuals are taken as multiples of, from values of ``f``; None: they are as is."""
@@ -260,7 +264,7 @@ class _OfParts(Anderson):
     parts: tuple[int, ...] = ()
 
     def compiled(self) -> StepSolver:
-        return AndersonRows(self._settings(self.parts))
+        return self._compiled(self.parts)
 
     def units(self, fz: Tensor) -> Tensor:
         units = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..trees import rebuild
 from .base import Problem, StepSolver
 
 __all__ = ["AndersonRows", "Settings"]
@@ -31,9 +32,11 @@ class _History(NamedTuple):
     step: int  # made by the oldest row
     even: bool  # whether all rows have made as many
     fz: Tensor | None  # (b, D) the last f(z)
-    memory: Tensor | None  # (b, 2 m + 1, D) the pairs q, p of each slot, and the last residual
+    last: Tensor | None  # (b, D) the last residual, in units
     # (b, 2 m + 3 + n) gamma and weight of each slot, smallest ||r||, blur, steps made, and the parts' units
     numbers: Tensor | None
+    slots: tuple[Tensor, ...] = ()  # (b, 2, D) each, made when they are needed: q and p
+    taken: int = 0  # differences so far
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,6 @@ class AndersonRows(StepSolver):
     """
 
     settings: Settings
-
-    keeps_residual: ClassVar[bool] = False
 
     def init(self, z: Tensor) -> _History:
         return _History(0, True, None, None, None)
@@ -60,50 +61,54 @@ class AndersonRows(StepSolver):
             plain = fz if given.damping == 1 else torch.add(z, r, alpha=given.damping)
             if not newest:
                 return plain, state._replace(step=step + 1)
-            memory, numbers = self._room(fz, given.start)
-            memory[:, -1] = r
-            return plain, _History(step + 1, True, fz, memory, numbers)
-        memory, numbers = state.memory, state.numbers
-        if memory is None or numbers is None:
-            memory, numbers = self._room(fz, step)
-        eps = torch.finfo(fz.dtype).eps
+            return plain, _History(step + 1, True, fz, r, self._numbers(fz, given.start))
+        numbers = self._numbers(fz, step) if state.numbers is None else state.numbers
+        slots, taken, most = state.slots, state.taken, self._most(fz)
+        if not state.even or step >= max(given.start, 1):
+            if len(slots) < most:
+                slots = (*slots, fz.new_empty((fz.shape[0], 2, fz.shape[1]), dtype=r.dtype))
+            taken += 1
+        eps = torch.finfo(r.dtype).eps
         following = kernels.anderson(
             fz,
             r,
             fz if state.fz is None else state.fz,
-            memory,
+            r if state.last is None else state.last,
+            slots,
             numbers,
             parts=kernels.widths(given.parts),
-            newest=step % (memory.shape[1] // 2),
+            most=most,
+            newest=max(taken - 1, 0) % most,
             start=given.start,
             damping=given.damping,
             restart=given.restart,
             noise=given.noise * eps,
             blurred=given.blur * eps,
         )
-        return following, _History(step + 1, state.even, fz, memory, numbers)
+        return following, _History(step + 1, state.even, fz, r, numbers, slots, taken)
 
     def keep(self, state: _History, rows: Tensor) -> _History:
-        fz, memory, numbers = state.fz, state.memory, state.numbers
-        return state._replace(
-            fz=None if fz is None else fz.index_select(0, rows),
-            memory=None if memory is None else kernels.shrunk(memory, rows),
-            numbers=None if numbers is None else kernels.shrunk(numbers, rows),
+        own = rebuild(
+            (state.last, state.numbers, state.slots),
+            lambda x: None if x is None else kernels.shrunk(x, rows),
         )
+        last, numbers, slots = own
+        fz = None if state.fz is None else state.fz.index_select(0, rows)
+        return state._replace(fz=fz, last=last, numbers=numbers, slots=slots)
 
     def renew(self, state: _History, rows: Tensor, z: Tensor) -> _History:
-        memory, numbers = state.memory, state.numbers
-        if memory is None or numbers is None:
-            memory, numbers = self._room(z, state.step)
+        numbers = self._numbers(z, state.step) if state.numbers is None else state.numbers
         numbers.index_fill_(0, rows, 0)
         # Rows that joined have no last value yet; it is not read before they have made a step.
-        return _History(state.step, False, state.fz, memory, numbers)
+        return state._replace(even=False, numbers=numbers)
 
-    def _room(self, like: Tensor, age: int) -> tuple[Tensor, Tensor]:
-        """Memory for the histories of rows that have made ``age`` steps."""
-        b, width = like.shape
+    def _most(self, like: Tensor) -> int:
         # Differences that span the whole space leave no residual, and say nothing of curvature.
-        slots = min(self.settings.memory, max(1, width // 2))
-        numbers = like.new_zeros((b, 2 * slots + 3 + len(self.settings.parts)))
-        numbers[:, 2 * slots + 2] = age
-        return like.new_empty((b, 2 * slots + 1, width)), numbers
+        return min(self.settings.memory, max(1, like.shape[1] // 2))
+
+    def _numbers(self, like: Tensor, age: int) -> Tensor:
+        """Those of rows that have made ``age`` steps."""
+        most = self._most(like)
+        numbers = like.new_zeros((like.shape[0], 2 * most + 3 + len(self.settings.parts)))
+        numbers[:, 2 * most + 2] = age
+        return numbers

@@ -48,7 +48,8 @@ class BookRows:
         rule = rule_of(control, z.dtype)
         self.control, self.batch, self.unfinished = control, z.shape[0], z.shape[0]
         self._rows = kernels.Rows(z, rule, CODES, control.scale)
-        self._value: Tensor | None = None
+        self._value: Tensor | None = None  # of all rows, if they finish at once
+        self._pieces: list[tuple[Tensor, Tensor]] = []  # else (n, D) values and (n,) places
 
     def settle(
         self, k: int, z: Tensor, fz: Tensor, memory: Tensor | None, problem: Problem
@@ -68,9 +69,7 @@ class BookRows:
         if ended.rows == self.batch and ended.newest in (0, ended.rows):  # all at once: it is there already
             self._value = to if ended.newest else at
             return r, True
-        if self._value is None:
-            self._value = z.new_empty((self.batch, z.shape[1]))
-        rows.store(at, to, self._value)
+        self._pieces.append(rows.store(at, to, ended.rows))
         return r, True
 
     def _call_back(self, k: int, z: Tensor, alive: Tensor, measured: Tensor, problem: Problem) -> None:
@@ -92,6 +91,6 @@ class BookRows:
 
     def outcome(self) -> Outcome:
         """The whole batch, in its order; every row must be finished."""
-        assert self._value is not None
         rows = self._rows
-        return Outcome(self._value, rows.status, rows.steps, rows.residual)
+        value = kernels.spread(self._pieces, self.batch) if self._value is None else self._value
+        return Outcome(value, rows.status, rows.steps, rows.residual)
