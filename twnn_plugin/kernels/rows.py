@@ -266,8 +266,8 @@ def anderson(
         fz: (b, D) ``f(z)``.
         r: (b, D) ``f(z) - z``, contiguous; in units afterwards, as the next step's ``last``.
         before: (b, D) ``f(z)`` of the step before.
-        last: (b, D) the residual of the step before, as this function left it. Neither it nor ``before`` is read
-            in rows that take no difference yet.
+        last: (b, D) the residual of the step before, as this function left it; neither it nor ``before`` is
+            read in rows that take no difference yet.
         slots: (b, 2, D) each, ``SLOTS`` at most: the pairs q, p; written to.
         numbers: (b, 2 m + 3 + n) gamma and weight of each of ``most`` slots, the smallest ``||r||``, its
             blur, the steps made, and the unit of each part; written to.
