@@ -309,6 +309,38 @@ def test_values_that_lie_elsewhere_in_memory_are_read_right():
 
 
 @built
+def test_a_view_that_waits_to_be_negated_is_read_negated():
+    x = torch.randn(5, 1, generator=torch.Generator().manual_seed(0))
+
+    def f(z, x):
+        value = torch._neg_view(-(0.5 * z + x))  # as the imaginary part of a conjugate is
+        assert value.is_neg() and value.is_contiguous()
+        return value
+
+    def solve():
+        with torch.no_grad():
+            return tw.fix(f, torch.zeros(5, 1), x, solver="picard", tol=1e-5, max_iter=50)
+
+    one, other = both(solve)
+    assert torch.allclose(one.value, 2 * x, rtol=1e-4) and torch.equal(one.steps, other.steps)
+
+
+@built
+def test_nothing_is_read_where_there_is_nothing():
+    r = torch.zeros(3, 4)
+    for wrong in (torch.zeros(3, 5), torch.zeros(2, 4), torch.zeros(3, 4, device="meta")):
+        with pytest.raises(ValueError, match=r"need \(3, 4\) on the CPU"):
+            kernels.same(wrong, r)
+
+
+@built
+def test_any_number_of_evaluations_may_be_allowed():
+    with torch.no_grad():
+        solution = tw.fix(lambda z, x: 0.5 * z + x, torch.zeros(2, 3), torch.ones(2, 3), max_iter=10**30)
+    assert bool(solution.converged.all())
+
+
+@built
 @given(keep=st.lists(st.booleans(), min_size=1, max_size=12), width=st.integers(1, 5))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_rows_move_to_the_front(keep, width):

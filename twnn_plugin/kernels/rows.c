@@ -34,7 +34,7 @@
 #define CLONES
 #endif
 
-enum { GONE, GOING, LEAVING };             /* of a row */
+enum { GONE, GOING, LEAVING };       /* of a row */
 enum { ABSOLUTE, RELATIVE, SCALED }; /* of a stopping rule */
 
 typedef struct {

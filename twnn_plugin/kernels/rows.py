@@ -214,7 +214,15 @@ def widths(parts: tuple[int, ...]) -> Tensor:
 
 
 def same(x: Tensor, z: Tensor) -> Tensor:
-    """``x`` as the passes read it: of the dtype of ``z``, its rows one after the other."""
+    """``x`` as the kernels read it: of the dtype of ``z``, its rows one after the other, nothing left to do.
+
+    Raises:
+        ValueError: its shape is not that of ``z``, or it is not on the CPU: nothing may be read there.
+    """
+    if x.shape != z.shape or not x.is_cpu:
+        raise ValueError(f"The kernels need {tuple(z.shape)} on the CPU; got {tuple(x.shape)} on {x.device}.")
+    if x.is_neg():  # a view that is to be negated when it is read
+        x = x.resolve_neg()
     return x if x.dtype is z.dtype and x.is_contiguous() else x.to(z.dtype).contiguous()
 
 
@@ -284,7 +292,7 @@ def anderson(
         (b, D) the next iterates, in new memory.
     """
     assert library is not None
-    fz, before = same(fz, r), same(before, r)
+    fz, before, last = same(fz, r), same(before, r), same(last, r)
     following = torch.empty_like(fz)
     library.anderson(
         r.dtype is torch.float64,

@@ -61,12 +61,12 @@ class AndersonRows(StepSolver):
             plain = fz if given.damping == 1 else torch.add(z, r, alpha=given.damping)
             if not newest:
                 return plain, state._replace(step=step + 1)
-            return plain, _History(step + 1, True, fz, r, self._numbers(fz, given.start))
-        numbers = self._numbers(fz, step) if state.numbers is None else state.numbers
-        slots, taken, most = state.slots, state.taken, self._most(fz)
+            return plain, _History(step + 1, True, fz, r, self._numbers(r, given.start))
+        numbers = self._numbers(r, step) if state.numbers is None else state.numbers
+        slots, taken, most = state.slots, state.taken, self._most(r)
         if not state.even or step >= max(given.start, 1):
             if len(slots) < most:
-                slots = (*slots, fz.new_empty((fz.shape[0], 2, fz.shape[1]), dtype=r.dtype))
+                slots = (*slots, r.new_empty((r.shape[0], 2, r.shape[1])))
             taken += 1
         eps = torch.finfo(r.dtype).eps
         following = kernels.anderson(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -30,7 +31,7 @@ def rule_of(control: Control, dtype: torch.dtype) -> kernels.Rule:
         control.tol,
         control.stop == "rel",
         control.norm == "max",
-        control.max_iter,
+        min(control.max_iter, sys.maxsize),
         EPS,
         GROWTH,
         still(dtype, control.coarse),
