@@ -147,6 +147,13 @@ class StaysOld(Plain):
         return z + state * r, 1 - 0.9 * (1 - state)
 
 
+class OtherwiseCompiled(Plain):
+    """What it gives to be taken instead of its steps stands still."""
+
+    def compiled(self):
+        return Picard(damping=1e-3)
+
+
 class EvaluatesTwice(Plain):
     def step(self, problem, z, fz, r, state):
         return problem.evaluate(fz), None
@@ -294,6 +301,7 @@ SOLVERS = {
     ReturnsTheGuess: ("few_evaluations",),
     NoCallback: ("callback", "frozen_rows"),
     StaysOld: ("rows_that_start_anew",),
+    OtherwiseCompiled: ("kernels_change_nothing",),
     KeepsEverybody: ("rows_leave",),
     Miscounts: ("rows_leave",),
     StopsWithTheWorstRow: ("neighbours", "frozen_rows"),

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import adjoints
+from .. import adjoints, kernels
 from ..adjoints.equation import Equation
 from ..fixed_point import fix
 from ..solvers import StepSolver
 from ..state import Layout
+from ..trees import leaves
 from ..types import Iteration, Status
 from . import problems
 from .case import (
@@ -98,6 +99,25 @@ def budget_is_used(case: SolverCase) -> None:
                 f"{problem.name}: rows that ran out of max_iter={max_iter} evaluations were evaluated "
                 f"{seen[out].tolist()} times"
             )
+
+
+@solver_check
+def kernels_change_nothing(case: SolverCase) -> None:
+    """With the compiled kernels, a ``compiled`` of the solver's own included, rows end as without them."""
+    if not kernels.available():
+        raise NotApplicable(f"the compiled kernels are not in use: {kernels.describe()}")
+    for problem in (case.rows(), problems.rotation(), units()):
+        by_kernels = case.fix(problem, tol=1e-9, max_iter=400)
+        with kernels.disabled():
+            without = case.fix(problem, tol=1e-9, max_iter=400)
+        assert torch.equal(by_kernels.status, without.status), (
+            f"{problem.name}: statuses {by_kernels.status.tolist()} by the compiled kernels, "
+            f"{without.status.tolist()} without them"
+        )
+        good = without.converged
+        pairs = zip(leaves(by_kernels.value), leaves(without.value), strict=True)
+        for one, other in pairs:
+            close(one[good], other[good], 1e-5, f"{problem.name}: what the compiled kernels give", atol=1e-6)
 
 
 @solver_check
