@@ -19,6 +19,7 @@ import twnn_plugin as tw
 from tests import problems
 from tests.test_hostile import build, problem, run
 from twnn_plugin import kernels
+from twnn_plugin.blocks.message import pool
 from twnn_plugin.solvers.anderson_rows import AndersonRows
 from twnn_plugin.solvers.base import Control
 from twnn_plugin.solvers.book_rows import BookRows, fits
@@ -462,3 +463,73 @@ def test_a_machine_without_a_compiler_installs_all_the_same(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "_rows" in done.stderr + done.stdout  # a warning names what was not built
     assert not list((tmp_path / "l").rglob("*_rows*"))
+
+
+# A gate's look.
+
+
+def _gate(channels: int, per: str = "sample", bias: float = -1.0) -> tw.gates.Gate:
+    torch.manual_seed(0)
+    gate = tw.gates.get("straight_through")(channels, per=per, bias=bias).eval()
+    torch.nn.init.normal_(gate.score.weight)
+    return gate
+
+
+SHAPES = {
+    "NC": (3, 12),
+    "NLC": (3, 7, 12),
+    "NHWC": (3, 9, 5, 12),
+    "NCHW": (3, 12, 9, 5),
+    "NCHW, many positions": (2, 12, 17, 13),
+    "NCHW, channels_last": (3, 12, 4, 3),
+}
+
+
+@built
+@pytest.mark.parametrize("per", ["sample", "channel"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gate_looks_as_it_glances(shape, per):
+    layout = shape.split(",")[0]
+    gate = _gate(12, per)
+    for seed in range(8):
+        out = torch.randn(SHAPES[shape], generator=torch.Generator().manual_seed(seed))
+        if shape.endswith("channels_last"):
+            out = out.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            gate.threshold.fill_(0.7 * seed)
+            told = gate.look(out, layout)
+            mine = gate.scores
+            glanced = gate.glance(pool(out, layout, torch.float32))
+        assert told is not None and (told[0] is None) == (glanced is None)
+        if glanced is not None and told[0] is not None:
+            assert mine is not None and torch.allclose(mine, gate.scores, atol=1e-5)
+            assert torch.allclose(told[0](), glanced(), atol=1e-6)
+    assert glanced is not None  # the last thresholds close it
+
+
+@built
+def test_a_gate_concludes_nothing_from_what_is_not_a_number():
+    gate = _gate(6, bias=-50.0)
+    for broken in (math.nan, math.inf):
+        out = torch.randn(2, 6, 4, 4)
+        with torch.no_grad():
+            assert gate.look(out, "NCHW") is not None and gate.look(out, "NCHW")[0] is not None
+            out[1, 2, 3, 3] = broken
+            assert gate.look(out, "NCHW") == (None,)
+
+
+@built
+def test_a_gate_looks_only_at_what_the_kernel_can_read():
+    gate, out = _gate(6), torch.randn(2, 6, 4, 4)
+    with torch.no_grad():
+        assert gate.look(out, "NCHW") is not None
+        for other in (out.double(), out.half(), out.to("meta"), out.transpose(2, 3), out[:0]):
+            assert gate.look(other, "NCHW") is None
+        assert gate.train().look(out, "NCHW") is None
+        assert _gate(6).double().look(out, "NCHW") is None
+        normed = _gate(6)
+        torch.nn.utils.parametrizations.weight_norm(normed.hidden)
+        assert normed.look(out, "NCHW") is None
+        with kernels.disabled():
+            assert gate.eval().look(out, "NCHW") is None
+    assert gate.look(out, "NCHW") is None  # gradients are recorded

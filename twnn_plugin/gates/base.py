@@ -66,6 +66,18 @@ class Gate(nn.Module, ABC):
         """
         return None
 
+    def look(self, out: Tensor, layout: str) -> tuple[Callable[[], Tensor] | None] | None:
+        """:meth:`glance` at activations that are not pooled yet, where that is quicker.
+
+        Args:
+            out: (B, ...) activations.
+            layout: of their axes, see :data:`~twnn_plugin.blocks.message.LAYOUTS`.
+
+        Returns:
+            A tuple of what :meth:`glance` would return; None: pool them, and ask it.
+        """
+        return None
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that :meth:`forward` wants its features in."""

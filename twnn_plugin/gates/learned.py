@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import kernels
 from ..errors import OptionError, nearest
 from .base import Gate, ordinary
 from .budget import Budget
@@ -259,6 +260,21 @@ class LearnedGate(Gate):
         if self._penalty is not None:
             self._penalty = None
         return partial(self._chance, above, self.temperature)
+
+    def look(self, out: Tensor, layout: str) -> tuple[Callable[[], Tensor] | None] | None:
+        if self.training or not self.by_margin or type(self).glance is not LearnedGate.glance:
+            return None
+        threshold = self.threshold
+        told = kernels.glance(out, layout, kernels.Perceptron(self.hidden, self.score, threshold))
+        if told is None:
+            return None
+        score, closed = told
+        if not closed:
+            return (None,)
+        self._seen.score = score
+        if self._penalty is not None:
+            self._penalty = None
+        return (lambda: self._chance(score - threshold, self.temperature),)
 
     def chance(self, margin: Tensor, temperature: float) -> Tensor:
         """The probabilities at some margins, with the temperature that these were made with."""

@@ -7,6 +7,7 @@ and the solvers use operations of torch, with the same results up to rounding; `
 environment, or :func:`disabled`, makes them do so.
 """
 
+from .gate import Perceptron, glance
 from .rows import SLOTS, Codes, Ended, Rows, Rule, anderson, same, shrunk, spread, widths
 from .switch import available, describe, disabled, takes
 
@@ -14,12 +15,14 @@ __all__ = [
     "SLOTS",
     "Codes",
     "Ended",
+    "Perceptron",
     "Rows",
     "Rule",
     "anderson",
     "available",
     "describe",
     "disabled",
+    "glance",
     "same",
     "shrunk",
     "spread",

@@ -18,7 +18,7 @@ from ..errors import OptionError
 __all__ = ["available", "describe", "disabled", "library", "takes", "threads"]
 
 _SWITCH = "TWNN_KERNELS"
-_VERSION = 4  # of the arguments, as in rows.c
+_VERSION = 5  # of the arguments, as in rows.c
 _GRAIN = 32768  # numbers below which several threads cost more than they save; torch's own grain
 _off: ContextVar[bool] = ContextVar("kernels_off", default=False)
 
