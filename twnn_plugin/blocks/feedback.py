@@ -189,8 +189,9 @@ class Feedback(Origin):
         if torch.is_autocast_enabled(out.device.type):
             with torch.autocast(out.device.type, enabled=False):
                 return self.glance(out)
-        told = self.gate.look(out, self.out_layout)
-        return self.gate.glance(self._features(out)) if told is None else told[0]
+        gate = self.gate
+        told = gate.look(out, self.out_layout)
+        return gate.glance(self._features(out)) if told is None else told[0]
 
     def rested(self, probability: Callable[[], Tensor], group: str | None) -> None:
         """Called in place of :meth:`solved` after a pass in which no row was open."""

@@ -17,8 +17,8 @@ _EPS = 1e-5  # of layer_norm
 class Perceptron(NamedTuple):
     """``score(relu(hidden(layer_norm(features))))``, and what the scores are compared with."""
 
-    hidden: nn.Linear
-    score: nn.Linear
+    hidden: nn.Module
+    score: nn.Module
     threshold: Tensor  # a number
 
 

@@ -37,12 +37,13 @@ class Pool:
 
     Attributes:
         rows_evaluated: rows evaluated in all, those that were done but had not left included.
+        active: rows in the active batch that are not done.
         lonely: whether it has only seen the rows of one pass.
     """
 
     def __init__(self, first: Request, capacity: int):
         self.capacity = capacity
-        self.rows_evaluated = 0
+        self.rows_evaluated = self.active = 0
         self.lonely = True
         self.solver, self.control, self.modes = first.solver, first.control, first.modes
         self._equation, self._like = first.equation, _spec(first)
@@ -78,11 +79,6 @@ class Pool:
         """Let a request's rows wait for places."""
         self._waiting.append(request)
         self._equation = request.equation  # the newest, so that no old pass is kept alive
-
-    @property
-    def active(self) -> int:
-        """Rows in the active batch that are not done."""
-        return sum(place is not None for place in self._places)
 
     @property
     def waiting(self) -> int:
@@ -137,6 +133,7 @@ class Pool:
             request.deliver([rows[position] for position in positions], v, f)
         for i in done.places:
             self._places[i] = None
+        self.active -= len(done.places)
         return [request for request in owners if request.missing == 0]
 
     # Who is in the batch.
@@ -164,6 +161,7 @@ class Pool:
             return
         for i, owner in zip(places, owners, strict=True):
             self._places[i] = owner
+        self.active += len(owners)
         index = self._index(places)
         self._rows.replace(places, index, z)
         pairs = zip(self._context, context, strict=True)
@@ -186,6 +184,7 @@ class Pool:
         if not owners:
             return
         self._places += owners
+        self.active += len(owners)
         self._rows.extend(z)
         pairs = zip(self._context, context, strict=True)
         self._context = tuple(torch.cat(pair) for pair in pairs)

@@ -117,7 +117,8 @@ class Manners:
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         """As in timm; as before any pass, the spans are looked after."""
-        self.intact(self.model, args)
+        if torch.compiler.is_compiling() or not self.intact.begun:  # else the pass that this is part of did
+            self.intact(self.model, args)
         # Not a bound method: where a compiler leaves its graph, it would find this one by that name.
         own: Any = getattr(type(self.model), "forward_features")  # noqa: B009
         return own(self.model, *args, **kwargs)
