@@ -32,23 +32,21 @@ problems in `solving/problems.py`, and torchdeq's settings, with where they come
 _WHY = """### Where a target was not reached, and why
 
 - *Mixed difficulty.* At the loose tolerance most rows are done after a handful of evaluations. What is
-  left for most of the iterations are a few hard rows, for which the calls of operators are the time, not
-  the arithmetic: a few rows of a small map cost nearly as much as many, and a convolution of one image
-  several times its share of the batch. At the tight tolerance, where torchdeq runs the whole batch much
-  longer, the ratio of the vector problem is what was aimed for.
+  left for most of the iterations are a few hard rows, for which the calls of operators within the map are
+  the time, not the arithmetic: a few rows of a small map cost nearly as much as many, and a convolution of
+  one image several times its share of the batch. At the tight tolerance, where torchdeq runs the whole batch
+  much longer, the ratio of the vector problem is beyond what was aimed for.
 - *Slow, uniform.* No row can leave early, and the accelerated iteration already needs about as few
-  evaluations as a Krylov method that is optimal for the linearised map. What remains is the price of an
-  iteration: measuring residuals and keeping a history cost about half as much as this map.
-- *Conv cell, uniform.* The state does not fit the caches: each pass over the history is read from
-  memory. Against that stands a map that costs a few such passes.
-- *Easy, small.* The map costs no more than half a dozen calls of operators. Two norms, a difference and
-  a comparison, which any test of convergence needs, cost as much again, and a solve has its fixed costs;
-  torchdeq's iteration is dearer still, but it has fewer of the latter.
+  evaluations as a Krylov method that is optimal for the linearised map. Three quarters of the time are the
+  map's own; the history's vectors, row by row, are most of the rest.
+- *Conv cell, uniform.* At the loose tolerance both sides make a dozen evaluations, and torchdeq's Anderson
+  hardly more than ours: had ours nothing to do besides, it would just about reach the target.
+- *Easy, small.* The map costs no more than half a dozen calls of operators. What torch and Python do around a
+  call of the map, and the fixed costs of a solve and of its graph, take twice that; what lies between two
+  evaluations is two calls.
 - *Memory.* Plain iteration, forward and backward, stays within the share of torchdeq's peak that was aimed
   for. Anderson's history does not: choose `solver="picard"` with
-  `adjoint=tw.adjoint("implicit", solver="picard")` where memory is short. From the fewest iterations to the
-  most, the peak of plain iteration grows by more than its target, all of it in one step while there are
-  still few.
+  `adjoint=tw.adjoint("implicit", solver="picard")` where memory is short.
 - *Backward, long solves.* Both sides spend their time on products with the same Jacobian there.
 """
 _DEVICES = (
