@@ -20,7 +20,7 @@ class Build(build_ext):
         if self.compiler.compiler_type == "msvc":
             plain, threaded = ["/O2", "/std:c11"], ["/openmp"]
         else:
-            plain, threaded = ["-O3"], ["-fopenmp"]
+            plain, threaded = ["-O3", "-g0"], ["-fopenmp"]
         link = [] if self.compiler.compiler_type == "msvc" else threaded
         ext.extra_compile_args, ext.extra_link_args = [*plain, *threaded], link
         try:
