@@ -112,6 +112,10 @@ def test_list_shows_every_entry_with_owner_and_line(kind):
         assert entry.summary[:20] in line
 
 
+def test_list_says_whether_solvers_are_compiled():
+    assert twnn("list", "solvers").stdout.splitlines()[-1].endswith(f"CPU: {tw.kernels.describe()}.")
+
+
 def test_list_models():
     lines = twnn("list", "models").stdout.splitlines()
     for name in ("twnn_resnet18", "cnn3", "resnet8_cifar"):

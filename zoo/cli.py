@@ -133,10 +133,14 @@ def demo(out: Path, quick: bool, seed: int) -> None:
 @click.argument("kind", type=click.Choice(LIST_KINDS), required=False)
 def list_names(kind: str | None) -> None:
     """Show what can be used by name: KIND, or all kinds, each with its owner and one line."""
+    from twnn_plugin import kernels
+
     from .listing import rows
 
     for one in (kind,) if kind else LIST_KINDS:
         _print_table(one.replace("_", " ").capitalize(), ("name", "owner", "what it is"), rows(one))
+        if one == "solvers":
+            click.echo(f"Compiled kernels for solves on the CPU: {kernels.describe()}.")
 
 
 @main.command(cls=WithModelKwargs)
