@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import twnn_plugin as tw
+from twnn_plugin import kernels
 from twnn_plugin.policies.base import SpanPolicy
 
 from .families import FAMILIES
@@ -70,13 +71,32 @@ def assert_same_facts(a: nn.Module, b: nn.Module) -> None:
 def test_a_closed_pass_is_the_plain_one_and_ten_operations(key, gate, batch):
     family = FAMILIES[key]
     model, plain, x = family.twnn(gate=gate).eval(), family.plain().eval(), family.images(batch)
-    with torch.no_grad():
-        assert torch.equal(model(x), plain(x))
-    before, after = calls_of(plain, x), calls_of(model, x)
+    with kernels.disabled():
+        with torch.no_grad():
+            assert torch.equal(model(x), plain(x))
+        before, after = calls_of(plain, x), calls_of(model, x)
     # One sample needs no largest; channels that come last take a view more.
     assert len(after) - len(before) <= MOST - (batch == 1) + (key == "swin")
     assert after.count(SYNCHRONISES) - before.count(SYNCHRONISES) == 1
     assert not any(record.open.any() for record in tw.report(model))
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"compiled kernels: {kernels.describe()}")
+@pytest.mark.parametrize("key", ["convnext", "resnet", "vit", "swin"])
+def test_by_the_kernels_a_closed_pass_is_the_plain_one_and_room_for_the_scores(key):
+    family = FAMILIES[key]
+    model, plain, x = family.twnn().eval(), family.plain().eval(), family.images(3)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+    before, after = calls_of(plain, x), calls_of(model, x)
+    assert len(after) - len(before) <= 2
+    assert after.count(SYNCHRONISES) == before.count(SYNCHRONISES)
+    (mine,) = tw.report(model)
+    assert not mine.open.any()
+    with kernels.disabled(), torch.no_grad():
+        model(x)
+    (record,) = tw.report(model)
+    assert torch.allclose(mine.probability, record.probability, atol=1e-6)
 
 
 def test_each_of_several_wormholes_costs_no_more():

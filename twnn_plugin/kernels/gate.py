@@ -40,7 +40,7 @@ def glance(out: Tensor, layout: str, gate: Perceptron) -> tuple[Tensor, bool] | 
         return None
     steps = _steps(out, layout)
     arrays = _arrays(gate)
-    if steps is None or arrays is None or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if steps is None or arrays is None or torch.jit.is_tracing():
         return None
     rows, (hidden, channels), scores = out.shape[0], arrays[0].shape, arrays[2].shape[0]
     per_channel, per_position = steps
