@@ -45,7 +45,7 @@ _WHY = """### Where a target was not reached, and why
   call of the map, and the fixed costs of a solve and of its graph, take twice that; what lies between two
   evaluations is two calls.
 - *Memory.* Plain iteration, forward and backward, stays within the share of torchdeq's peak that was aimed
-  for. Anderson's history does not: choose `solver="picard"` with
+  for, and within the growth over iterations. Anderson's history does not: choose `solver="picard"` with
   `adjoint=tw.adjoint("implicit", solver="picard")` where memory is short.
 - *Backward, long solves.* Both sides spend their time on products with the same Jacobian there.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -137,7 +138,7 @@ class Rows:
             rule.patience,
             rule.most,
             *self.codes,
-            self._parts.data_ptr(),
+            self._parts.buffer_info()[0],
             len(rule.parts),
         )
         return Ended(*ended)
@@ -208,9 +209,9 @@ class Rows:
 
 
 @functools.lru_cache(maxsize=64)
-def widths(parts: tuple[int, ...]) -> Tensor:
-    """The widths of parts as the kernels read them."""
-    return torch.tensor(parts, dtype=torch.int64, device="cpu")
+def widths(parts: tuple[int, ...]) -> array[int]:
+    """The widths of parts as the kernels read them. No tensor: it would be taken for one that ``f`` uses."""
+    return array("q", parts)
 
 
 def same(x: Tensor, z: Tensor) -> Tensor:
@@ -259,7 +260,7 @@ def anderson(
     slots: Sequence[Tensor],
     numbers: Tensor,
     *,
-    parts: Tensor,
+    parts: array[int],
     most: int,
     newest: int,
     start: int,
@@ -279,7 +280,7 @@ def anderson(
         slots: (b, 2, D) each, ``SLOTS`` at most: the pairs q, p; written to.
         numbers: (b, 2 m + 3 + n) gamma and weight of each of ``most`` slots, the smallest ``||r||``, its
             blur, the steps made, and the unit of each part; written to.
-        parts: (n,) int64 widths of parts that may differ in units; of no entries for a state that is one.
+        parts: the widths of parts that may differ in units; none for a state that is one.
         most: m, slots that there will be.
         newest: the slot that this step's difference takes.
         start: plain steps before differences are taken.
@@ -312,7 +313,7 @@ def anderson(
         most,
         newest,
         start,
-        parts.data_ptr(),
+        parts.buffer_info()[0],
         len(parts),
         *(slot.data_ptr() for slot in slots),
     )
