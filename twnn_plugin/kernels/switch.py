@@ -19,7 +19,7 @@ __all__ = ["available", "describe", "disabled", "library", "takes", "threads"]
 
 _SWITCH = "TWNN_KERNELS"
 _VERSION = 5  # of the arguments, as in rows.c
-_GRAIN = 32768  # numbers below which several threads cost more than they save; torch's own grain
+_GRAIN = 32768  # numbers below which two threads cost more than they save; torch's own grain
 _off: ContextVar[bool] = ContextVar("kernels_off", default=False)
 
 
@@ -76,5 +76,6 @@ def takes(z: Tensor) -> bool:
 
 
 def threads(z: Tensor) -> int:
-    """How many threads share the rows of the (b, D) matrix ``z``."""
-    return 1 if z.numel() <= _GRAIN else min(torch.get_num_threads(), z.shape[0])
+    """How many threads share the rows of the (b, D) matrix ``z``: as many as have enough to do."""
+    worth = z.numel() // (_GRAIN // 2)
+    return 1 if worth < 2 else min(torch.get_num_threads(), z.shape[0], worth)
