@@ -37,9 +37,9 @@ _WHY = """### Where a target was not reached, and why
   one image several times its share of the batch. At the tight tolerance, where torchdeq runs the whole batch
   much longer, the ratio of the vector problem is beyond what was aimed for.
 - *Slow, uniform.* No row can leave early, and the accelerated iteration already needs about as few
-  evaluations as a Krylov method that is optimal for the linearised map. Three quarters of the time are the
-  map's own; the history's vectors, row by row, are most of the rest.
-- *Conv cell, uniform.* At the loose tolerance both sides make a dozen evaluations, and torchdeq's Anderson
+  evaluations as a Krylov method that is optimal for the linearised map. Seven tenths of the time are the
+  map's own.
+- *Conv cell, uniform.* At the loose tolerance both sides make a dozen evaluations, torchdeq
   hardly more than ours: had ours nothing to do besides, it would just about reach the target.
 - *Easy, small.* The map costs no more than half a dozen calls of operators. What torch and Python do around a
   call of the map, and the fixed costs of a solve and of its graph, take twice that; what lies between two
