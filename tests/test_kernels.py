@@ -508,6 +508,19 @@ def test_a_gate_looks_as_it_glances(shape, per):
 
 
 @built
+def test_what_a_gate_tells_later_is_of_the_pass():
+    gate, out = _gate(6, bias=-3.0), torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        gate.threshold.fill_(9.0)
+        told = gate.look(out, "NCHW")
+        assert told is not None and told[0] is not None
+        before = told[0]()
+        gate.threshold.fill_(-5.0)
+        gate.temperature = 7.0
+        assert torch.equal(told[0](), before)
+
+
+@built
 def test_a_gate_concludes_nothing_from_what_is_not_a_number():
     gate = _gate(6, bias=-50.0)
     for broken in (math.nan, math.inf):

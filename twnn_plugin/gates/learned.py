@@ -277,7 +277,8 @@ class LearnedGate(Gate):
         self._seen.score = score
         if self._penalty is not None:
             self._penalty = None
-        return (lambda: self._chance(score - threshold, self.temperature),)
+        # By the threshold and the temperature of now, whatever becomes of them before anybody asks.
+        return (partial(self._chance, score - threshold, self.temperature),)
 
     def chance(self, margin: Tensor, temperature: float) -> Tensor:
         """The probabilities at some margins, with the temperature that these were made with."""
