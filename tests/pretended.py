@@ -24,6 +24,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["Pretended", "pretended_cuda"]
 
+# `with torch.device(...)` keeps the functions it knows by when it first meets one: they must be torch's own.
+with torch.device("cpu"):
+    torch.empty(0)
+
 _CUDA = torch.device("cuda", 0)
 _FACTORIES = (
     *("arange", "asarray", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace"),

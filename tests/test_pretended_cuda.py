@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -43,6 +46,21 @@ def test_it_holds_to_the_rules(waits):
         float(x.sum()) == 6 and len(torch.nonzero(x)) == 6 and x[x > 0].shape == (6,) and bool((x == 1).all())
     )
     assert len(waits) == 4
+
+
+AFTERWARDS = """
+import torch
+from tests.pretended import pretended_cuda
+with pretended_cuda(), torch.device("cpu"):
+    torch.ones(2)
+with torch.device("meta"):
+    assert torch.empty(2).is_meta and torch.nn.Linear(2, 2).weight.is_meta
+"""
+
+
+def test_nothing_stays_behind():
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", AFTERWARDS], check=True, timeout=300, cwd=root)
 
 
 def test_gradients_cross_between_devices():
