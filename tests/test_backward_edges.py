@@ -72,6 +72,13 @@ def test_inside_a_checkpoint_a_solve_is_repeated_once(adjoint, layers):
     assert backward <= forward + plain + 2 * layers, (forward, plain, backward)
 
 
+def test_inside_a_checkpoint_a_function_of_its_context_alone_has_its_gradient():
+    x = torch.ones(3, 4, requires_grad=True)
+    value = checkpoint(lambda x: settled(lambda z, c: 2 * c, x).value, x, use_reentrant=False)
+    value.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full((3, 4), 2.0))
+
+
 def test_a_function_that_writes_to_the_memory_it_returned_is_refused():
     out, w = torch.empty(3, 4, dtype=torch.float64), 0.5 * WEIGHT.numpy()
 

@@ -23,6 +23,7 @@ from twnn_plugin.blocks.message import pool
 from twnn_plugin.solvers.anderson_rows import AndersonRows
 from twnn_plugin.solvers.base import Control
 from twnn_plugin.solvers.book_rows import BookRows, fits
+from twnn_plugin.solvers.measure import EPS, measure, threshold
 from twnn_plugin.types import Iteration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,6 +333,49 @@ def test_nothing_is_read_where_there_is_nothing():
     for wrong in (torch.zeros(3, 5), torch.zeros(2, 4), torch.zeros(3, 4, device="meta")):
         with pytest.raises(ValueError, match=r"need \(3, 4\) on the CPU"):
             kernels.same(wrong, r)
+
+
+@built
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    parts=st.sampled_from([(), (3, 4), (1, 5, 1)]),
+    norm=st.sampled_from(["l2", "max"]),
+    relative=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    picked=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_rows_that_move_are_those_that_operations_of_torch_find(parts, norm, relative, dtype, picked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    fz = torch.randn(9, 7, generator=generator, dtype=dtype)
+    places = torch.randint(9, (6,), generator=generator) if picked else None
+    mine = fz if places is None else fz[places]
+    z = mine + 10 ** -torch.randint(1, 7, (len(mine), 1), generator=generator).to(dtype)
+    z[0, seed % 7] = math.nan if seed % 2 else z[0, 0]
+    status = torch.randint(2, (len(mine),), generator=generator)
+    control = Control(tol=1e-3, max_iter=1, stop="rel" if relative else "abs", norm=norm, parts=parts)
+    change, size = measure(mine - z, mine, norm, parts)
+    within = change <= 4 * threshold(size, control) + 1e-5 * size
+    found = kernels.moving(
+        fz,
+        z,
+        places=places,
+        status=status,
+        meant=1,
+        tol=1e-3,
+        floor=EPS,
+        slack=4.0,
+        rounding=1e-5,
+        relative=relative,
+        largest=norm == "max",
+        parts=parts,
+    )
+    assert found == int((~within & (status == 1)).sum())
+    assert kernels.moving(fz, fz, rounding=1e-5) == 0 and kernels.moving(fz, 2 * fz, rounding=0.5) == 9
+    with pytest.raises(ValueError, match="rows alike"):
+        kernels.moving(fz, z[:, :6])
+    with pytest.raises(ValueError, match=r"torch\.int64"):
+        kernels.moving(fz, fz, status=torch.zeros(9))
 
 
 @built

@@ -24,6 +24,7 @@ from .errors import (
 )
 from .solvers import Control, Solver, linear
 from .solvers.base import is_number
+from .solvers.measure import kinds
 from .state import Layout, check_dense, outside_inference
 from .types import AdjointReport, Iteration, Solution, State, Status, describe
 
@@ -145,9 +146,8 @@ def _fix(
     throw: bool,
 ) -> Solution:
     solution, status = _run(f, z0, context, control, solver, adjoint)
-    converged = status == int(Status.converged)
-    if not bool(converged.all()):
-        failed = int((~converged).sum())
+    if not kinds(status) <= {int(Status.converged)}:
+        failed = int((status != int(Status.converged)).sum())
         message = f"{failed} of {status.numel()} rows did not converge. {describe(status)}"
         if throw:
             raise FixedPointError(message, solution)

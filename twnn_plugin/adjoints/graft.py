@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
+from .. import kernels, transforms
 from ..errors import ConvergenceWarning, MapError, TransformError
 from ..solvers import Outcome
-from ..solvers.measure import measure, report_residual, threshold
+from ..solvers.measure import EPS, kinds, measure, report_residual, threshold
 from ..types import Status
 from .capture import Capture, announce
 from .equation import Call
@@ -127,28 +127,39 @@ class Tape:
         attached: whether the graph reaches the context (for the last product) or the state alone.
 
     Attributes:
-        found: the tensors requiring a gradient that ``f`` closes over.
+        found: where it is attached, the tensors requiring a gradient that ``f`` closes over.
     """
 
     def __init__(self, call: Call, z: Tensor, rows: Tensor | None, attached: bool):
         self.equation, self._call, self._changed = call.equation(rows), call, False
         self._rows, self._hooked = rows, attached and hooked()
         self._again: Tape | None = None
+        self.found: tuple[Tensor, ...] = ()
         if not attached:
             self.equation.context = tuple(c.detach() for c in self.equation.context)
         with torch.enable_grad():
-            self.z = _Source.apply(z.detach().requires_grad_())
-            assert isinstance(self.z, Tensor)
-            with Capture((self.z, *self.equation.context)) as capture:
+            self.z = z.detach().requires_grad_()
+            if attached:
+                self._evaluate_attached()
+            else:
                 self.fz = self.equation.evaluate(self.z)
-            self.found = tuple(capture.found.values())
         call.evaluations += self.equation.evaluations
+
+    def _evaluate_attached(self) -> None:
+        """With all that ``f`` uses in sight; gradients of the whole end at the state, and are not kept."""
+        self.z = _Source.apply(self.z)
+        assert isinstance(self.z, Tensor)
+        with Capture((self.z, *self.equation.context)) as capture:
+            self.fz = self.equation.evaluate(self.z)
+        self.found = tuple(capture.found.values())
 
     def pull(self, u: Tensor) -> Tensor:
         """``J^T u`` for a (b, D) matrix of cotangents."""
         assert isinstance(self.z, Tensor)
         if self._hooked:
             return self._unhooked()(u)
+        if not self.fz.requires_grad:  # of these rows f makes nothing that depends on anything
+            return torch.zeros_like(u)
         (product,) = torch.autograd.grad(
             self.fz, self.z, u, retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -163,8 +174,7 @@ class Tape:
         if self._again is None:
             assert isinstance(self.z, Tensor)
             again = Tape(self._call, self.z.detach(), self._rows, attached=False)
-            known = {id(tensor) for tensor in self.inputs}
-            same = {id(t) for t in again.found if t.is_leaf} <= known and self.gives(again.fz)
+            same = again.begins_with(self.inputs) and self.gives(again.fz)
             self._hooked, self._again = same, again
         return self._again.pull if self._hooked else self.pull
 
@@ -194,19 +204,25 @@ class Tape:
 
     def _agrees(self, some: Tape, places: Tensor) -> bool:
         """Whether an evaluation of some of the rows is one of the same function."""
-        known = {id(tensor) for tensor in self.inputs}
-        others = {id(tensor) for tensor in some.found if tensor.is_leaf} - known
-        if others and not others <= {id(leaf) for leaf in self._leaves()}:
-            return False
-        return self.gives(some.fz, places)
+        # What f closes over may have been made of leaves, which this graph begins with as well.
+        same = some.begins_with(self.inputs) or some.begins_with(list(self._leaves()))
+        return same and self.gives(some.fz, places)
+
+    def begins_with(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the graph begins with no other tensors than these, and the state."""
+        known = {id(tensor) for tensor in tensors}
+        return all(id(leaf) in known for leaf in self._leaves())
 
     @torch.no_grad()
     def gives(self, values: Tensor, places: Tensor | None = None) -> bool:
         """Whether (b, D) values are this tape's to rounding, those of some of its rows or of all."""
-        mine = self.fz.detach() if places is None else self.fz.detach()[places]
-        apart = torch.linalg.vector_norm(values.detach() - mine, dim=1)
-        bound = _FLOOR * self._call.rounding() * torch.linalg.vector_norm(mine, dim=1)
-        return bool((apart <= bound).all())
+        mine, values, rounding = self.fz.detach(), values.detach(), _FLOOR * self._call.rounding()
+        if kernels.reads(mine, values) and mine.dtype is values.dtype:
+            mine, values = kernels.same(mine, mine), kernels.same(values, values)
+            return kernels.moving(mine, values, places=places, rounding=rounding) == 0
+        mine = mine if places is None else mine[places]
+        apart = torch.linalg.vector_norm(values - mine, dim=1)
+        return bool((apart <= rounding * torch.linalg.vector_norm(mine, dim=1)).all())
 
     def reaches_a_leaf(self) -> bool:
         """Whether the value depends on anything, besides the state, that wants a gradient."""
@@ -223,7 +239,7 @@ class Tape:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if node.name().endswith("AccumulateGrad"):
+            if node.name().endswith("AccumulateGrad") and node.variable is not self.z:  # type: ignore[attr-defined]
                 yield node.variable  # type: ignore[attr-defined]
             stack.extend(parent for parent, _ in node.next_functions)
 
@@ -288,9 +304,11 @@ def check_rows(call: Call, outcome: Outcome, z: Tensor, fz: Tensor, rows: Tensor
         fz: (b, D) what ``f`` made of them together.
         rows: (b,) their indices; None: all.
     """
-    if not call.rows_left and bool((outcome.steps == outcome.steps[0]).all()):
+    if not call.rows_left and len(kinds(outcome.steps)) == 1:
         return outcome
     status = outcome.status if rows is None else outcome.status[rows]
+    if _at_rest(call, z.detach(), fz.detach(), status):
+        return outcome
     control = call.control
     change, size = measure(fz - z, fz, control.norm, control.parts)
     bound = _SLACK * threshold(size, control) + _FLOOR * call.rounding() * size
@@ -316,9 +334,30 @@ def check_rows(call: Call, outcome: Outcome, z: Tensor, fz: Tensor, rows: Tensor
     )
 
 
-def _taped(call: Call, value: Tensor, broken: Tensor) -> tuple[Tape, Tensor | None]:
+def _at_rest(call: Call, z: Tensor, fz: Tensor, status: Tensor) -> bool:
+    """Whether compiled kernels see that no converged row moves; where they do not, it is to be looked at."""
+    control = call.control
+    if control.scale is not None or fz.dtype is not z.dtype or not kernels.reads(z, fz):
+        return False
+    apart = kernels.moving(
+        kernels.same(fz, z),
+        kernels.same(z, z),
+        status=status,
+        meant=int(Status.converged),
+        tol=control.tol,
+        floor=EPS,
+        slack=_SLACK,
+        rounding=_FLOOR * call.rounding(),
+        relative=control.stop == "rel",
+        largest=control.norm == "max",
+        parts=control.parts,
+    )
+    return apart == 0
+
+
+def _taped(call: Call, value: Tensor, broken: Tensor | None) -> tuple[Tape, Tensor | None]:
     """``f`` at the rows of a value that are not broken, and their indices; None: all."""
-    rows = torch.nonzero(~broken).flatten() if bool(broken.any()) else None
+    rows = torch.nonzero(~broken).flatten() if broken is not None and bool(broken.any()) else None
     return Tape(call, value if rows is None else value[rows], rows, attached=True), rows
 
 
@@ -338,14 +377,17 @@ def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
         return outcome
     if outcome.value.shape[1] == 0:  # of nothing, but of what its gradients of zeros belong to
         return replace(outcome, value=call.equation().evaluate(outcome.value))
-    broken = outcome.status == int(Status.non_finite)
+    found, broken = kinds(outcome.status), None
+    if int(Status.non_finite) in found:
+        broken = outcome.status == int(Status.non_finite)
     if call.settled is not None:  # rows that nobody solved for, and so nobody looked at
-        broken = broken | ~torch.isfinite(outcome.value).all(dim=1)
+        wrong = ~torch.isfinite(outcome.value).all(dim=1)
+        broken = wrong if broken is None else broken | wrong
     tape, rows = _taped(call, outcome.value, broken)
-    if bool((outcome.status == int(Status.diverged)).any()):
+    if int(Status.diverged) in found:
         over = ~torch.isfinite(tape.fz.detach()).all(dim=1)  # finite themselves, with values that are not
         if bool(over.any()):
-            broken = over if rows is None else broken.index_copy(0, rows, over)
+            broken = over if rows is None or broken is None else broken.index_copy(0, rows, over)
             tape, rows = _taped(call, outcome.value, broken)
     z = outcome.value if rows is None else outcome.value[rows]
     start = call.z0 if call.z0.requires_grad else None

@@ -180,7 +180,7 @@ class Implicit(Adjoint):
                 (solved.value, solved.status, solved.steps, solved.residual),
             )
         if self.warm_start:
-            self._keep((*g.shape, g.dtype, g.device), solved.value)
+            self._keep((*g.shape, g.dtype, g.device), solved.value.clone())  # it may be g, the caller's
         reports.append(
             AdjointReport(self.name, True, *_whole(solved, rows, call), evaluations=problem.evaluations)
         )

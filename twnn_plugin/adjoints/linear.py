@@ -12,6 +12,7 @@ from .. import solvers
 from ..errors import OptionError, UnknownNameError, nearest
 from ..solvers import Control, Outcome, Solver, linear
 from ..solvers.linear import LinearSolver
+from ..solvers.measure import kinds
 from ..types import Status
 
 __all__ = ["LinearSettings", "Products", "in_units", "known", "named", "solve_linear", "spread", "units_of"]
@@ -152,7 +153,10 @@ def solve_linear(problem: Products, settings: LinearSettings, guess: Tensor | No
 def _unit(g: Tensor, scale: Tensor, tol: float) -> Tensor | None:
     """(b, 1) powers of two near the largest entries, where squares of some row's would leave the range."""
     limits = torch.finfo(g.dtype)
-    if bool(((scale > _MARGIN * limits.tiny**0.5 / tol) & (scale < limits.max**0.5 / _MARGIN**2)).all()):
+    if not scale.numel():
+        return None
+    least, most = (x.item() for x in scale.aminmax())  # NaN if there is one
+    if least > _MARGIN * limits.tiny**0.5 / tol and most < limits.max**0.5 / _MARGIN**2:
         return None
     largest = g.abs().amax(dim=1, keepdim=True) if g.shape[1] else g.new_zeros(g.shape[0], 1)
     sound = torch.isfinite(largest) & (largest > 0)
@@ -186,6 +190,8 @@ def _failed(status: Tensor) -> Tensor:
 
 
 def _checked(outcome: Outcome, g: Tensor) -> Outcome:
+    if not kinds(outcome.status) & {int(Status.diverged), int(Status.non_finite)}:
+        return outcome
     return replace(outcome, value=torch.where(_failed(outcome.status)[:, None], g, outcome.value))
 
 

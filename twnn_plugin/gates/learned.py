@@ -271,23 +271,23 @@ class LearnedGate(Gate):
         told = kernels.glance(out, layout, kernels.Perceptron(hidden, scorer, threshold))
         if told is None:
             return None
-        score, closed = told
-        if not closed:
+        score, over = told
+        if over is None:
             return (None,)
         self._seen.score = score
         if self._penalty is not None:
             self._penalty = None
         # By the threshold and the temperature of now, whatever becomes of them before anybody asks.
-        return (partial(self._chance, score - threshold, self.temperature),)
+        return (partial(self._chance, score, self.temperature, over),)
 
     def chance(self, margin: Tensor, temperature: float) -> Tensor:
         """The probabilities at some margins, with the temperature that these were made with."""
         return torch.sigmoid(margin)
 
-    def _chance(self, above: Tensor, temperature: float) -> Tensor:
-        """The probabilities where scores are so far above the threshold, as :meth:`forward` makes them."""
+    def _chance(self, score: Tensor, temperature: float, threshold: float = 0.0) -> Tensor:
+        """The probabilities for scores beside a threshold, as :meth:`forward` makes them."""
         with torch.no_grad():
-            return self.chance(self._each(above) / temperature, temperature)
+            return self.chance(self._each(score - threshold) / temperature, temperature)
 
     def _scored(self, features: Tensor) -> Tensor:
         """(B, 1) or, per channel, (B, C) scores."""

@@ -8,13 +8,12 @@ environment, or :func:`disabled`, makes them do so.
 """
 
 from .gate import Perceptron, glance
-from .rows import SLOTS, Codes, Ended, Rows, Rule, anderson, same, shrunk, spread, widths
-from .switch import available, describe, disabled, takes
+from .rows import SLOTS, Codes, Rows, Rule, anderson, moving, same, shrunk, widths
+from .switch import available, describe, disabled, reads, takes
 
 __all__ = [
     "SLOTS",
     "Codes",
-    "Ended",
     "Perceptron",
     "Rows",
     "Rule",
@@ -23,9 +22,10 @@ __all__ = [
     "describe",
     "disabled",
     "glance",
+    "moving",
+    "reads",
     "same",
     "shrunk",
-    "spread",
     "takes",
     "widths",
 ]

@@ -22,8 +22,8 @@ class Perceptron(NamedTuple):
     threshold: Tensor  # a number
 
 
-def glance(out: Tensor, layout: str, gate: Perceptron) -> tuple[Tensor, bool] | None:
-    """The scores of activations, and whether none is above the threshold (one that is not a number is).
+def glance(out: Tensor, layout: str, gate: Perceptron) -> tuple[Tensor, float | None] | None:
+    """The scores of activations, and the threshold if none is above it (one that is not a number is).
 
     Args:
         out: (B, ...) activations.
@@ -31,8 +31,8 @@ def glance(out: Tensor, layout: str, gate: Perceptron) -> tuple[Tensor, bool] | 
         gate: its layers.
 
     Returns:
-        (B, 1 or C) scores and the answer; None where the kernel has no way to tell: gradients or a graph are
-        recorded, or something is not in float32, on the CPU, in plain layers.
+        (B, 1 or C) scores and the threshold, or None for it; None where the kernel has no way to tell:
+        gradients or a graph are recorded, or something is not in float32, on the CPU, in plain layers.
     """
     if not available() or type(out) is not Tensor or out.dtype is not torch.float32 or not out.numel():
         return None
@@ -48,7 +48,7 @@ def glance(out: Tensor, layout: str, gate: Perceptron) -> tuple[Tensor, bool] | 
         return None
     score = out.new_empty((rows, scores))
     assert library is not None
-    closed = library.glance(
+    threshold = library.glance(
         rows,
         channels,
         out.numel() // (rows * channels),
@@ -61,7 +61,7 @@ def glance(out: Tensor, layout: str, gate: Perceptron) -> tuple[Tensor, bool] | 
         score.data_ptr(),
         _EPS,
     )
-    return score, closed
+    return score, threshold
 
 
 def _steps(out: Tensor, layout: str) -> tuple[int, int] | None:

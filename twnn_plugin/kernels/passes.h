@@ -185,6 +185,72 @@ CLONES static Ended N(look)(ptrdiff_t from, ptrdiff_t to, const void *given)
     return ended;
 }
 
+/* ||f - z|| and ||f||, where nobody needs f - z. */
+INLINE void N(apart)(const T *restrict f, const T *restrict z, ptrdiff_t n, T *change, T *size)
+{
+    double rr = 0, ff = 0;
+    for (ptrdiff_t from = 0; from < n; from += BLOCK) {
+        const ptrdiff_t to = from + BLOCK < n ? from + BLOCK : n;
+        T lane_r[LANES] = {0}, lane_f[LANES] = {0};
+        ptrdiff_t i = from;
+        for (; i + LANES <= to; i += LANES)
+            for (int j = 0; j < LANES; j++) {
+                const T d = f[i + j] - z[i + j];
+                lane_r[j] += d * d;
+                lane_f[j] += f[i + j] * f[i + j];
+            }
+        for (int j = 0; i < to; i++, j++) {
+            lane_r[j] += (f[i] - z[i]) * (f[i] - z[i]);
+            lane_f[j] += f[i] * f[i];
+        }
+        rr += N(folded)(lane_r);
+        ff += N(folded)(lane_f);
+    }
+    *change = SQRT((T)rr);
+    *size = SQRT((T)ff);
+}
+
+/* Of rows from..to those whose worst part is farther apart than `slack` times the rule's bound and `rounding` times
+ * its size, or has no distance (NaN). */
+CLONES static Ended N(moving)(ptrdiff_t from, ptrdiff_t to, const void *given)
+{
+    const Moving *job = given;
+    const ptrdiff_t n = job->width;
+    const int64_t whole = n, *widths = job->count ? job->parts : &whole;
+    const T floor = (T)job->floor, slack = (T)(job->slack * job->tol), rounding = (T)job->rounding;
+    Ended found = {0, 0};
+    for (ptrdiff_t row = from; row < to; row++) {
+        if (job->status && job->status[row] != job->meant)
+            continue;
+        const T *f = (const T *)job->f + (job->places ? (ptrdiff_t)job->places[row] : row) * n;
+        const T *z = (const T *)job->z + row * n;
+        T worst = -1, change = 0, size = 0;
+        for (int part = 0; part < (job->count ? job->count : 1); part++) {
+            const ptrdiff_t width = (ptrdiff_t)widths[part];
+            T c, s;
+            N(apart)(f, z, width, &c, &s);
+            if (job->largest) {
+                c = 0;
+                for (ptrdiff_t i = 0; i < width; i++) {
+                    const T d = FABS(f[i] - z[i]);
+                    c = d > c || d != d ? d : c;
+                }
+                s /= SQRT((T)width);
+            }
+            const T ratio = c / (s + floor);
+            if (ratio > worst || (ratio != ratio && worst == worst)) {
+                worst = ratio;
+                change = c;
+                size = s;
+            }
+            f += width;
+            z += width;
+        }
+        found.rows += !(change <= slack * (job->relative ? size + floor : 1) + rounding * size);
+    }
+    return found;
+}
+
 /* A power of two near the rms of a part. */
 INLINE T N(unit)(const T *f, ptrdiff_t width)
 {

@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 5 /* of the arguments; another one in kernels/switch.py means that this was built before it */
+#define VERSION 6 /* of the arguments; another one in kernels/switch.py means that this was built before it */
 #define MARKS 4   /* of a row */
 #define SLOTS 64  /* of a history at most, as in kernels/rows.py */
 
@@ -38,6 +38,7 @@ enum { GONE, GOING, LEAVING };       /* of a row */
 enum { ABSOLUTE, RELATIVE, SCALED }; /* of a stopping rule */
 
 typedef struct {
+    int wide; /* double */
     ptrdiff_t rows, width;
     const void *f, *z;
     void *r, *measured; /* measured: or NULL */
@@ -52,6 +53,18 @@ typedef struct {
     int64_t now, patience, most; /* evaluations: so far, between looks for stagnation, of a row at most */
     int converged, max_iter, diverged, non_finite, stagnated;
 } Look;
+
+typedef struct {
+    ptrdiff_t rows, width;
+    const void *f, *z;
+    const int64_t *places; /* of the rows of z in f; or NULL */
+    const int64_t *status; /* of those, of which `meant` are looked at; or NULL: all */
+    int64_t meant;
+    double tol, floor, slack, rounding;
+    int relative, largest;
+    const int64_t *parts;
+    int count;
+} Moving;
 
 typedef struct {
     ptrdiff_t rows, width;
@@ -149,18 +162,14 @@ static PyObject *run(Kernel *kernel, ptrdiff_t rows, const void *job, int thread
     return Py_BuildValue("nn", ended.rows, ended.newest);
 }
 
-static PyObject *look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+/* What stays the same from look to look, as bytes: the arrays in it must outlive them. */
+static PyObject *prepare(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 32))
+    if (!counted(count, 25))
         return NULL;
     Given given = {args};
-    const int wide = (int)whole(&given), threads = (int)whole(&given);
-    Look job = {.rows = whole(&given)};
+    Look job = {.wide = (int)whole(&given)};
     job.width = whole(&given);
-    job.f = address(&given);
-    job.z = address(&given);
-    job.r = address(&given);
-    job.measured = address(&given);
     job.marks = address(&given);
     job.alive = address(&given);
     job.born = address(&given);
@@ -175,7 +184,6 @@ static PyObject *look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
     job.tiny = real(&given);
     job.rule = (int)whole(&given);
     job.largest = (int)whole(&given);
-    job.now = whole(&given);
     job.patience = whole(&given);
     job.most = whole(&given);
     job.converged = (int)whole(&given);
@@ -185,14 +193,60 @@ static PyObject *look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
     job.stagnated = (int)whole(&given);
     job.parts = address(&given);
     job.count = (int)whole(&given);
-    return run(wide ? look_double : look_float, job.rows, &job, threads);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBytes_FromStringAndSize((const char *)&job, sizeof(job));
 }
 
-/* The values of the rows that leave, one after the other, and their places in the whole batch; of rows that ran out
- * of evaluations or broke, the newest. */
+static PyObject *look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 8))
+        return NULL;
+    if (!PyBytes_Check(args[0]) || PyBytes_Size(args[0]) != (Py_ssize_t)sizeof(Look))
+        return PyErr_Format(PyExc_TypeError, "what prepare() returned is wanted first");
+    Look job;
+    memcpy(&job, PyBytes_AsString(args[0]), sizeof(job));
+    Given given = {args + 1};
+    const int threads = (int)whole(&given);
+    job.now = whole(&given);
+    job.rows = whole(&given);
+    job.f = address(&given);
+    job.z = address(&given);
+    job.r = address(&given);
+    job.measured = address(&given);
+    return run(job.wide ? look_double : look_float, job.rows, &job, threads);
+}
+
+/* How many rows lie farther apart than a rule and rounding allow. */
+static PyObject *moving(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 17))
+        return NULL;
+    Given given = {args};
+    const int wide = (int)whole(&given), threads = (int)whole(&given);
+    Moving job = {.rows = whole(&given)};
+    job.width = whole(&given);
+    job.f = address(&given);
+    job.z = address(&given);
+    job.places = address(&given);
+    job.status = address(&given);
+    job.meant = whole(&given);
+    job.tol = real(&given);
+    job.floor = real(&given);
+    job.slack = real(&given);
+    job.rounding = real(&given);
+    job.relative = (int)whole(&given);
+    job.largest = (int)whole(&given);
+    job.parts = address(&given);
+    job.count = (int)whole(&given);
+    return run(wide ? moving_double : moving_float, job.rows, &job, threads);
+}
+
+/* The values of the rows that leave, to their places in the whole batch; of rows that ran out of evaluations or broke,
+ * the newest. */
 static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 11))
+    if (!counted(count, 10))
         return NULL;
     Given given = {args};
     const ptrdiff_t rows = whole(&given);
@@ -200,8 +254,7 @@ static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
     const char *f = address(&given), *z = address(&given);
     unsigned char *alive = address(&given);
     const int64_t *places = address(&given), *status = address(&given);
-    char *value = address(&given);
-    int64_t *stored = address(&given);
+    char *batch = address(&given);
     const int64_t max_iter = whole(&given), non_finite = whole(&given);
     if (PyErr_Occurred())
         return NULL;
@@ -211,31 +264,9 @@ static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
             continue;
         const int64_t place = places[row];
         const int newest = status[place] == max_iter || status[place] == non_finite;
-        memcpy(value, (newest ? f : z) + (size_t)row * width, width);
-        value += width;
-        *stored++ = place;
+        memcpy(batch + (size_t)place * width, (newest ? f : z) + (size_t)row * width, width);
         alive[row] = GONE;
     }
-    Py_END_ALLOW_THREADS;
-    Py_RETURN_NONE;
-}
-
-/* Rows that lie one after the other, to their places in the whole batch. */
-static PyObject *spread(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
-{
-    if (!counted(count, 5))
-        return NULL;
-    Given given = {args};
-    const ptrdiff_t rows = whole(&given);
-    const size_t width = (size_t)whole(&given); /* bytes of a row */
-    const char *value = address(&given);
-    const int64_t *places = address(&given);
-    char *batch = address(&given);
-    if (PyErr_Occurred())
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS;
-    for (ptrdiff_t row = 0; row < rows; row++)
-        memcpy(batch + (size_t)places[row] * width, value + (size_t)row * width, width);
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
@@ -362,14 +393,17 @@ static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
     closed = all_closed(&job, space);
     Py_END_ALLOW_THREADS;
     PyMem_Free(space);
-    return PyBool_FromLong(closed);
+    if (!closed)
+        Py_RETURN_NONE;
+    return PyFloat_FromDouble((double)*job.threshold);
 }
 
 static PyMethodDef methods[] = {
     {"glance", (PyCFunction)(void (*)(void))glance, METH_FASTCALL, NULL},
+    {"prepare", (PyCFunction)(void (*)(void))prepare, METH_FASTCALL, NULL},
     {"look", (PyCFunction)(void (*)(void))look, METH_FASTCALL, NULL},
+    {"moving", (PyCFunction)(void (*)(void))moving, METH_FASTCALL, NULL},
     {"store", (PyCFunction)(void (*)(void))store, METH_FASTCALL, NULL},
-    {"spread", (PyCFunction)(void (*)(void))spread, METH_FASTCALL, NULL},
     {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, NULL},
     {"compact", (PyCFunction)(void (*)(void))compact, METH_FASTCALL, NULL},
     {"shrink", (PyCFunction)(void (*)(void))shrink, METH_FASTCALL, NULL},

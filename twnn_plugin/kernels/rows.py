@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .switch import library, threads
 
-__all__ = ["SLOTS", "Codes", "Ended", "Rows", "Rule", "anderson", "same", "shrunk", "spread", "widths"]
+__all__ = ["SLOTS", "Codes", "Rows", "Rule", "anderson", "moving", "same", "shrunk", "widths"]
 
 _ABSOLUTE, _RELATIVE, _SCALED = range(3)  # as in rows.c
 _MARKS, _LEAVING = 4, 2
@@ -58,13 +58,6 @@ class Codes(NamedTuple):
     stagnated: int
 
 
-class Ended(NamedTuple):
-    """Rows that finished in a look."""
-
-    rows: int
-    newest: int  # those among them whose value is the newest f(z): they ran out of evaluations or broke
-
-
 class Rows:
     """What is known of every row of a batch, and what was written down of the finished ones.
 
@@ -76,9 +69,6 @@ class Rows:
 
     Attributes:
         now: looks so far.
-        going: (b,) uint8 of the rows that are present: 1 for those that are not finished, 2 for those that
-            finished in the last look and wait for ``store``.
-        places: (b,) of the rows that are present in the batch.
         status: (B,) int64.
         steps: (B,) int64.
         residual: (B,).
@@ -89,12 +79,16 @@ class Rows:
         self.rule, self.codes, self.now = rule, codes, 0
         self._parts = widths(rule.parts)
         self._stop = _SCALED if scale is not None else _RELATIVE if rule.relative else _ABSOLUTE
+        self._wide, self._width = z.dtype is torch.float64, z.shape[1]
         # The limit, the earlier change, whether the last one was over the limit, and the scale.
         self._marks = z.new_empty((batch, _MARKS))
         if scale is not None:
             self._marks[:, 3] = scale
-        self.going = z.new_empty(batch, dtype=torch.uint8)
-        self._born, self.places, self.status, self.steps = z.new_empty((4, batch), dtype=torch.int64).unbind()
+        self._here = batch  # rows that are present, the first of each array
+        self._going = z.new_empty(batch, dtype=torch.uint8)
+        self._born, self._places, self.status, self.steps = z.new_empty(
+            (4, batch), dtype=torch.int64
+        ).unbind()
         self.residual = z.new_empty(batch)
         self._tiny = torch.finfo(z.dtype).tiny
         self._find()
@@ -102,30 +96,14 @@ class Rows:
         library.begin(batch, *self._addresses[1:4])
 
     def _find(self) -> None:
-        """Look up where the arrays are, once for many looks."""
-        arrays = (self._marks, self.going, self._born, self.places, self.status, self.steps, self.residual)
-        self._addresses = tuple(array.data_ptr() for array in arrays)
-
-    def look(self, z: Tensor, fz: Tensor, r: Tensor, measured: Tensor | None = None) -> Ended:
-        """Measure the present rows after an evaluation, and write down those that are finished.
-
-        Args:
-            z: (b, D) the iterates, as ``same`` makes them.
-            fz: (b, D) ``f(z)``, so too.
-            r: (b, D) to be written: ``f(z) - z``.
-            measured: (3, b) to be written: change, size and bound; or None.
-        """
+        """Tell the kernels where the arrays are, once for many looks."""
         assert library is not None
-        rule, self.now = self.rule, self.now + 1
-        ended = library.look(
-            z.dtype is torch.float64,
-            threads(z),
-            z.shape[0],
-            z.shape[1],
-            fz.data_ptr(),
-            z.data_ptr(),
-            r.data_ptr(),
-            0 if measured is None else measured.data_ptr(),
+        arrays = (self._marks, self._going, self._born, self._places, self.status, self.steps, self.residual)
+        self._addresses = tuple(array.data_ptr() for array in arrays)
+        rule = self.rule
+        self._job = library.prepare(
+            self._wide,
+            self._width,
             *self._addresses,
             rule.tol,
             rule.floor,
@@ -134,57 +112,91 @@ class Rows:
             self._tiny,
             self._stop,
             rule.largest,
-            self.now,
             rule.patience,
             rule.most,
             *self.codes,
             self._parts.buffer_info()[0],
             len(rule.parts),
         )
-        return Ended(*ended)
 
-    def store(self, z: Tensor, fz: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The values, (count, D), of the rows that finished in the last look, and their places, (count,)."""
+    def look(self, z: Tensor, fz: Tensor, r: Tensor, measured: Tensor | None = None) -> tuple[int, int]:
+        """Measure the present rows after an evaluation, and write down those that are finished.
+
+        Args:
+            z: (b, D) the iterates, as ``same`` makes them.
+            fz: (b, D) ``f(z)``, so too.
+            r: (b, D) to be written: ``f(z) - z``.
+            measured: (3, b) to be written: change, size and bound; or None.
+
+        Returns:
+            How many rows finished, and those among them whose value is the newest f(z): they ran out of
+            evaluations or broke.
+        """
+        assert library is not None
+        self.now += 1
+        return library.look(
+            self._job,
+            threads(z),
+            self.now,
+            len(z),
+            fz.data_ptr(),
+            z.data_ptr(),
+            r.data_ptr(),
+            0 if measured is None else measured.data_ptr(),
+        )
+
+    def store(self, z: Tensor, fz: Tensor, whole: Tensor) -> None:
+        """Write the values of the rows that finished in the last look to their places in (B, D) ``whole``."""
         assert library is not None
         _, going, _, places, status, _, _ = self._addresses
-        value, stored = z.new_empty((count, z.shape[1])), self.places.new_empty(count)
         library.store(
-            z.shape[0],
-            z.shape[1] * z.element_size(),
+            len(z),
+            self._width * z.element_size(),
             fz.data_ptr(),
             z.data_ptr(),
             going,
             places,
             status,
-            value.data_ptr(),
-            stored.data_ptr(),
+            whole.data_ptr(),
             self.codes.max_iter,
             self.codes.non_finite,
         )
-        return value, stored
 
     def compact(self, unfinished: int) -> Tensor:
         """Drop the finished rows of a batch that all came at once; (b,) the others' places, ascending."""
         assert library is not None
-        kept = self.places.new_empty(unfinished)
+        kept = self._places.new_empty(unfinished)
         marks, going, _, places, *_ = self._addresses
-        library.compact(self._marks.element_size(), len(self.going), marks, going, places, kept.data_ptr())
-        self.going, self.places = self.going[:unfinished], self.places[:unfinished]
+        library.compact(self._marks.element_size(), self._here, marks, going, places, kept.data_ptr())
+        self._here = unfinished
         return kept
+
+    @property
+    def going(self) -> Tensor:
+        """(b,) uint8 of the rows that are present.
+
+        1 for those that are not finished, 2 for those that finished in the last look and wait for ``store``.
+        """
+        return self._going[: self._here]
+
+    @property
+    def places(self) -> Tensor:
+        """(b,) of the rows that are present in the batch."""
+        return self._places[: self._here]
 
     # Rows that come and go one by one: everything is known of those that are present, at their places.
 
     def extend(self, count: int) -> None:
         """Let ``count`` rows in after the others."""
-        here = len(self.going)
-        places = torch.arange(here + count, device=self.going.device)
+        here = self._here
+        places = torch.arange(here + count, device=self._going.device)
         # What is copied for the new rows is nothing that is read of them.
         self._gather(places.clamp_max(here - 1) if here else None, here + count)
         self.renew(places[here:])
 
     def renew(self, index: Tensor) -> None:
         """Let rows in, in the (n,) places of others."""
-        self.going.index_fill_(0, index, 1)
+        self._going.index_fill_(0, index, 1)
         self._born.index_fill_(0, index, self.now)
 
     def keep(self, index: Tensor) -> None:
@@ -193,18 +205,18 @@ class Rows:
 
     def take_finished(self) -> tuple[Tensor, Tensor, Tensor]:
         """Places, status and steps, (n,) each, of the rows that finished in the last look; they make room."""
-        index = torch.nonzero(self.going == _LEAVING).flatten()
-        self.going.bitwise_and_(1)
+        index = torch.nonzero(self._going == _LEAVING).flatten()
+        self._going.bitwise_and_(1)
         return index, self.status.index_select(0, index), self.steps.index_select(0, index)
 
     def _gather(self, index: Tensor | None, count: int) -> None:
         """The arrays for ``count`` rows, with what is known of those in the places ``index``."""
-        names = ("_marks", "going", "_born", "status", "steps", "residual")
+        names = ("_marks", "_going", "_born", "status", "steps", "residual")
         for name in names:
             old = getattr(self, name)
             new = old.new_empty((count, *old.shape[1:])) if index is None else old.index_select(0, index)
             setattr(self, name, new)
-        self.places = torch.arange(count, device=self.going.device)
+        self._here, self._places = count, torch.arange(count, device=self._going.device)
         self._find()
 
 
@@ -227,14 +239,62 @@ def same(x: Tensor, z: Tensor) -> Tensor:
     return x if x.dtype is z.dtype and x.is_contiguous() else x.to(z.dtype).contiguous()
 
 
-def spread(pieces: Sequence[tuple[Tensor, Tensor]], batch: int) -> Tensor:
-    """(batch, D) of rows that are in pieces: (n, D) values and (n,) places, every place once."""
+def moving(
+    fz: Tensor,
+    z: Tensor,
+    *,
+    places: Tensor | None = None,
+    status: Tensor | None = None,
+    meant: int = 0,
+    tol: float = 0.0,
+    floor: float = 0.0,
+    slack: float = 0.0,
+    rounding: float = 0.0,
+    relative: bool = True,
+    largest: bool = False,
+    parts: tuple[int, ...] = (),
+) -> int:
+    """How many rows of ``fz - z`` are not within ``slack * tol * (||fz|| + floor) + rounding * ||fz||``.
+
+    Args:
+        fz: (n, D) contiguous, on the CPU.
+        z: (b, D), so too and of its dtype.
+        places: (b,) int64 the rows of ``fz`` that are meant; None: b is n.
+        status: (b,) int64, of which those that are ``meant`` are looked at; None: all are.
+        meant: see ``status``.
+        tol: see above.
+        floor: see above.
+        slack: see above.
+        rounding: see above.
+        relative: else the bound is ``slack * tol + rounding * ||fz||``.
+        largest: as :attr:`Rule.largest`.
+        parts: as :attr:`Rule.parts`.
+    """
     assert library is not None
-    whole = pieces[0][0].new_empty((batch, pieces[0][0].shape[1]))
-    for value, places in pieces:
-        width = value.shape[1] * value.element_size()
-        library.spread(len(value), width, value.data_ptr(), places.data_ptr(), whole.data_ptr())
-    return whole
+    for index in (places, status):
+        if index is not None and not (index.shape == z.shape[:1] and index.dtype is torch.int64):
+            raise ValueError(f"The kernels need ({len(z)},) of torch.int64; got {index!r}.")
+    if z.shape[1:] != fz.shape[1:] or (places is None and len(z) != len(fz)) or z.dtype is not fz.dtype:
+        raise ValueError(f"The kernels need rows alike; got {fz.shape}, {fz.dtype} and {z.shape}, {z.dtype}.")
+    where = widths(parts)
+    return library.moving(
+        z.dtype is torch.float64,
+        threads(z),
+        *z.shape,
+        fz.data_ptr(),
+        z.data_ptr(),
+        0 if places is None else places.data_ptr(),
+        0 if status is None else status.data_ptr(),
+        meant,
+        tol,
+        floor,
+        slack,
+        rounding,
+        relative,
+        largest,
+        where.buffer_info()[0],
+        len(parts),
+    )[0]
 
 
 def shrunk(x: Tensor, kept: Tensor) -> Tensor:

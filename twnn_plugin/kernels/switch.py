@@ -15,11 +15,12 @@ from torch import Tensor
 from .. import transforms
 from ..errors import OptionError
 
-__all__ = ["available", "describe", "disabled", "library", "takes", "threads"]
+__all__ = ["available", "describe", "disabled", "library", "reads", "takes", "threads"]
 
 _SWITCH = "TWNN_KERNELS"
-_VERSION = 5  # of the arguments, as in rows.c
+_VERSION = 6  # of the arguments, as in rows.c
 _GRAIN = 32768  # numbers below which two threads cost more than they save; torch's own grain
+_REAL = (torch.float32, torch.float64)
 _off: ContextVar[bool] = ContextVar("kernels_off", default=False)
 
 
@@ -66,13 +67,17 @@ def takes(z: Tensor) -> bool:
 
     They see memory, not tensors: derivatives, transformations and subclasses of tensors pass them by.
     """
-    if library is None or _off.get() or type(z) is not Tensor or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not reads(z):
         return False
-    if z.device.type != "cpu" or z.dtype not in (torch.float32, torch.float64) or z.requires_grad:
+    assert library is not None
+    return library.THREADED or z.numel() <= _GRAIN or torch.get_num_threads() == 1
+
+
+def reads(*tensors: Tensor) -> bool:
+    """Whether compiled kernels may look at tensors, (b, D) matrices or others, without a graph."""
+    if not available() or transforms.active():
         return False
-    if not library.THREADED and z.numel() > _GRAIN and torch.get_num_threads() > 1:
-        return False
-    return not transforms.active()
+    return all(type(x) is Tensor and x.is_cpu and x.dtype in _REAL and not x.requires_grad for x in tensors)
 
 
 def threads(z: Tensor) -> int:

@@ -49,8 +49,7 @@ class BookRows:
         rule = rule_of(control, z.dtype)
         self.control, self.batch, self.unfinished = control, z.shape[0], z.shape[0]
         self._rows = kernels.Rows(z, rule, CODES, control.scale)
-        self._value: Tensor | None = None  # of all rows, if they finish at once
-        self._pieces: list[tuple[Tensor, Tensor]] = []  # else (n, D) values and (n,) places
+        self._value: Tensor | None = None  # (B, D), as far as rows have finished
 
     def settle(
         self, k: int, z: Tensor, fz: Tensor, memory: Tensor | None, problem: Problem
@@ -61,16 +60,18 @@ class BookRows:
         at, to = kernels.same(z, r), kernels.same(fz, r)
         before = rows.going == 1 if watched else None
         measured = z.new_empty((3, len(z))) if watched else None
-        ended = rows.look(at, to, r, measured)
+        ended, newest = rows.look(at, to, r, measured)
         if before is not None and measured is not None:
             self._call_back(k, at, before, measured, problem)
-        if ended.rows == 0:
+        if ended == 0:
             return r, False
-        self.unfinished -= ended.rows
-        if ended.rows == self.batch and ended.newest in (0, ended.rows):  # all at once: it is there already
-            self._value = to if ended.newest else at
+        self.unfinished -= ended
+        if ended == self.batch and newest in (0, ended):  # all at once: it is there already
+            self._value = to if newest else at
             return r, True
-        self._pieces.append(rows.store(at, to, ended.rows))
+        if self._value is None:
+            self._value = z.new_empty((self.batch, z.shape[1]))
+        rows.store(at, to, self._value)
         return r, True
 
     def _call_back(self, k: int, z: Tensor, alive: Tensor, measured: Tensor, problem: Problem) -> None:
@@ -93,5 +94,5 @@ class BookRows:
     def outcome(self) -> Outcome:
         """The whole batch, in its order; every row must be finished."""
         rows = self._rows
-        value = kernels.spread(self._pieces, self.batch) if self._value is None else self._value
-        return Outcome(value, rows.status, rows.steps, rows.residual)
+        assert self._value is not None
+        return Outcome(self._value, rows.status, rows.steps, rows.residual)

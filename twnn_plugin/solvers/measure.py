@@ -8,7 +8,7 @@ from torch import Tensor
 from ..types import Status
 from .base import Control
 
-__all__ = ["EPS", "Threshold", "classify", "measure", "report_residual", "threshold"]
+__all__ = ["EPS", "Threshold", "classify", "kinds", "measure", "report_residual", "threshold"]
 
 EPS = 1e-9
 """Added to ``||f(z)||`` so that a fixed point at zero can be met (torchdeq's constant)."""
@@ -72,6 +72,11 @@ def report_residual(change: Tensor, size: Tensor, control: Control) -> Tensor:
     if control.scale is not None:
         return change / control.scale.clamp_min(torch.finfo(change.dtype).tiny)
     return change / (size + EPS) if control.stop == "rel" else change
+
+
+def kinds(status: Tensor) -> frozenset[int]:
+    """Which statuses there are: one look of the host, however many questions follow."""
+    return frozenset(status.tolist())
 
 
 def classify(change: Tensor, bound: Tensor | float) -> Tensor:

@@ -51,17 +51,17 @@ class KernelRows(ActiveRows):
         fz = evaluate(z)
         r = torch.empty_like(z, memory_format=torch.contiguous_format)
         measured = z.new_empty((3, len(z)))
-        ended = rows.look(kernels.same(z, r), kernels.same(fz, r), r, measured)
+        ended, newest = rows.look(kernels.same(z, r), kernels.same(fz, r), r, measured)
         done = None
-        if ended.rows:
+        if ended:
             index, status, steps = rows.take_finished()
             late = status == CODES.max_iter
             value = z.index_select(0, index)
-            if ended.newest:
+            if newest:
                 takes_f = late | (status == CODES.non_finite)
                 value = torch.where(takes_f[:, None], fz.index_select(0, index), value)
             facts = Facts(measured.index_select(1, index), steps, status == CODES.stagnated, late)
             done = Done(index.tolist(), value, facts)
-        if ended.rows < open_rows:
+        if ended < open_rows:
             self._z = following(z, fz, r)
         return done, [open_rows]
