@@ -8,16 +8,16 @@ environment, or :func:`disabled`, makes them do so.
 """
 
 from .gate import Perceptron, glance
-from .rows import SLOTS, Codes, Rows, Rule, anderson, moving, same, shrunk, widths
+from .rows import SLOTS, Anderson, Codes, Rows, Rule, moving, same, shrunk, widths
 from .switch import available, describe, disabled, reads, takes
 
 __all__ = [
     "SLOTS",
+    "Anderson",
     "Codes",
     "Perceptron",
     "Rows",
     "Rule",
-    "anderson",
     "available",
     "describe",
     "disabled",

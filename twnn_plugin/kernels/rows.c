@@ -67,6 +67,7 @@ typedef struct {
 } Moving;
 
 typedef struct {
+    int wide;
     ptrdiff_t rows, width;
     const void *f, *f_last, *last;
     void *r, *numbers, *next;
@@ -151,6 +152,17 @@ static int counted(Py_ssize_t count, Py_ssize_t wanted)
     return count == wanted;
 }
 
+/* A job from the bytes in which it was kept. */
+static int made_before(PyObject *bytes, void *job, size_t size)
+{
+    if (!PyBytes_Check(bytes) || PyBytes_Size(bytes) != (Py_ssize_t)size) {
+        PyErr_SetString(PyExc_TypeError, "a job that was made before is wanted first");
+        return 0;
+    }
+    memcpy(job, PyBytes_AsString(bytes), size);
+    return 1;
+}
+
 static PyObject *run(Kernel *kernel, ptrdiff_t rows, const void *job, int threads)
 {
     Ended ended;
@@ -163,7 +175,7 @@ static PyObject *run(Kernel *kernel, ptrdiff_t rows, const void *job, int thread
 }
 
 /* What stays the same from look to look, as bytes: the arrays in it must outlive them. */
-static PyObject *prepare(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+static PyObject *look_settings(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
     if (!counted(count, 25))
         return NULL;
@@ -202,10 +214,9 @@ static PyObject *look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
 {
     if (!counted(count, 8))
         return NULL;
-    if (!PyBytes_Check(args[0]) || PyBytes_Size(args[0]) != (Py_ssize_t)sizeof(Look))
-        return PyErr_Format(PyExc_TypeError, "what prepare() returned is wanted first");
     Look job;
-    memcpy(&job, PyBytes_AsString(args[0]), sizeof(job));
+    if (!made_before(args[0], &job, sizeof(job)))
+        return NULL;
     Given given = {args + 1};
     const int threads = (int)whole(&given);
     job.now = whole(&given);
@@ -335,32 +346,47 @@ static PyObject *shrink(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
     Py_RETURN_NONE;
 }
 
+/* What stays the same from step to step, as bytes. */
+static PyObject *anderson_settings(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 10))
+        return NULL;
+    Given given = {args};
+    Anderson job = {.wide = (int)whole(&given)};
+    job.width = whole(&given);
+    job.damping = real(&given);
+    job.restart = real(&given);
+    job.noise = real(&given);
+    job.blurred = real(&given);
+    job.slots = (int)whole(&given);
+    job.start = (int)whole(&given);
+    job.parts = address(&given);
+    job.count = (int)whole(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBytes_FromStringAndSize((const char *)&job, sizeof(job));
+}
+
 static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (count < 19 || count > 19 + SLOTS)
-        return PyErr_Format(PyExc_TypeError, "19 to %d arguments wanted; got %zd", 19 + SLOTS, count);
-    Given given = {args};
-    const int wide = (int)whole(&given), threads = (int)whole(&given);
-    Anderson job = {.rows = whole(&given)};
-    job.width = whole(&given);
+    if (count < 10 || count > 10 + SLOTS)
+        return PyErr_Format(PyExc_TypeError, "10 to %d arguments wanted; got %zd", 10 + SLOTS, count);
+    Anderson job;
+    if (!made_before(args[0], &job, sizeof(job)))
+        return NULL;
+    Given given = {args + 1};
+    const int threads = (int)whole(&given);
+    job.rows = whole(&given);
+    job.newest = (int)whole(&given);
     job.f = address(&given);
     job.r = address(&given);
     job.f_last = address(&given);
     job.last = address(&given);
     job.numbers = address(&given);
     job.next = address(&given);
-    job.damping = real(&given);
-    job.restart = real(&given);
-    job.noise = real(&given);
-    job.blurred = real(&given);
-    job.slots = (int)whole(&given);
-    job.newest = (int)whole(&given);
-    job.start = (int)whole(&given);
-    job.parts = address(&given);
-    job.count = (int)whole(&given);
-    for (Py_ssize_t slot = 0; slot < count - 19; slot++)
+    for (Py_ssize_t slot = 0; slot < count - 10; slot++)
         job.slot[slot] = address(&given);
-    return run(wide ? anderson_double : anderson_float, job.rows, &job, threads);
+    return run(job.wide ? anderson_double : anderson_float, job.rows, &job, threads);
 }
 
 static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
@@ -400,13 +426,14 @@ static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
 
 static PyMethodDef methods[] = {
     {"glance", (PyCFunction)(void (*)(void))glance, METH_FASTCALL, NULL},
-    {"prepare", (PyCFunction)(void (*)(void))prepare, METH_FASTCALL, NULL},
+    {"look_settings", (PyCFunction)(void (*)(void))look_settings, METH_FASTCALL, NULL},
     {"look", (PyCFunction)(void (*)(void))look, METH_FASTCALL, NULL},
     {"moving", (PyCFunction)(void (*)(void))moving, METH_FASTCALL, NULL},
     {"store", (PyCFunction)(void (*)(void))store, METH_FASTCALL, NULL},
     {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, NULL},
     {"compact", (PyCFunction)(void (*)(void))compact, METH_FASTCALL, NULL},
     {"shrink", (PyCFunction)(void (*)(void))shrink, METH_FASTCALL, NULL},
+    {"anderson_settings", (PyCFunction)(void (*)(void))anderson_settings, METH_FASTCALL, NULL},
     {"anderson", (PyCFunction)(void (*)(void))anderson, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

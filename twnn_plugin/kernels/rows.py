@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .switch import library, threads
 
-__all__ = ["SLOTS", "Codes", "Rows", "Rule", "anderson", "moving", "same", "shrunk", "widths"]
+__all__ = ["SLOTS", "Anderson", "Codes", "Rows", "Rule", "moving", "same", "shrunk", "widths"]
 
 _ABSOLUTE, _RELATIVE, _SCALED = range(3)  # as in rows.c
 _MARKS, _LEAVING = 4, 2
 SLOTS = 64
-"""The longest history of :func:`anderson`."""
+"""The longest history of :class:`Anderson`."""
 
 
 class Rule(NamedTuple):
@@ -101,7 +101,7 @@ class Rows:
         arrays = (self._marks, self._going, self._born, self._places, self.status, self.steps, self.residual)
         self._addresses = tuple(array.data_ptr() for array in arrays)
         rule = self.rule
-        self._job = library.prepare(
+        self._job = library.look_settings(
             self._wide,
             self._width,
             *self._addresses,
@@ -312,69 +312,75 @@ def shrunk(x: Tensor, kept: Tensor) -> Tensor:
     return x[: len(kept)]
 
 
-def anderson(
-    fz: Tensor,
-    r: Tensor,
-    before: Tensor,
-    last: Tensor,
-    slots: Sequence[Tensor],
-    numbers: Tensor,
-    *,
-    parts: array[int],
-    most: int,
-    newest: int,
-    start: int,
-    damping: float,
-    restart: float,
-    noise: float,
-    blurred: float,
-) -> Tensor:
-    """One step of Anderson acceleration; see :mod:`~twnn_plugin.solvers.anderson_rows` for what it keeps.
+class Anderson:
+    """Steps of Anderson acceleration; :mod:`~twnn_plugin.solvers.anderson_rows` says what it keeps.
 
     Args:
-        fz: (b, D) ``f(z)``.
-        r: (b, D) ``f(z) - z``, contiguous; in units afterwards, as the next step's ``last``.
-        before: (b, D) ``f(z)`` of the step before.
-        last: (b, D) the residual of the step before, as this function left it; neither it nor ``before`` is
-            read in rows that take no difference yet.
-        slots: (b, 2, D) each, ``SLOTS`` at most: the pairs q, p; written to.
-        numbers: (b, 2 m + 3 + n) gamma and weight of each of ``most`` slots, the smallest ``||r||``, its
-            blur, the steps made, and the unit of each part; written to.
-        parts: the widths of parts that may differ in units; none for a state that is one.
+        like: of the width and dtype of the states.
+        parts: the widths of parts that may differ in units; () for a state that is one.
         most: m, slots that there will be.
-        newest: the slot that this step's difference takes.
         start: plain steps before differences are taken.
         damping: share of the residual that is added.
         restart: growth of ``||r||`` over its smallest that ends a row's history.
         noise: share of ``||r||`` below which a difference is noise.
         blurred: share of ``||f(z)||`` below which it is.
-
-    Returns:
-        (b, D) the next iterates, in new memory.
     """
-    assert library is not None
-    fz, before, last = same(fz, r), same(before, r), same(last, r)
-    following = torch.empty_like(fz)
-    library.anderson(
-        r.dtype is torch.float64,
-        threads(fz),
-        fz.shape[0],
-        fz.shape[1],
-        fz.data_ptr(),
-        r.data_ptr(),
-        before.data_ptr(),
-        last.data_ptr(),
-        numbers.data_ptr(),
-        following.data_ptr(),
-        damping,
-        restart,
-        noise,
-        blurred,
-        most,
-        newest,
-        start,
-        parts.buffer_info()[0],
-        len(parts),
-        *(slot.data_ptr() for slot in slots),
-    )
-    return following
+
+    def __init__(
+        self,
+        like: Tensor,
+        *,
+        parts: tuple[int, ...],
+        most: int,
+        start: int,
+        damping: float,
+        restart: float,
+        noise: float,
+        blurred: float,
+    ):
+        assert library is not None
+        self._parts = widths(parts)  # their address is among the settings
+        where, wide = self._parts.buffer_info()[0], like.dtype is torch.float64
+        self._settings = library.anderson_settings(
+            wide, like.shape[1], damping, restart, noise, blurred, most, start, where, len(parts)
+        )
+
+    def step(
+        self,
+        fz: Tensor,
+        r: Tensor,
+        before: Tensor,
+        last: Tensor,
+        slots: Sequence[Tensor],
+        numbers: Tensor,
+        newest: int,
+    ) -> Tensor:
+        """(b, D) the next iterates, in new memory.
+
+        Args:
+            fz: (b, D) ``f(z)``, as ``same`` makes it of ``r``.
+            r: (b, D) ``f(z) - z``, contiguous; in units afterwards, as the next step's ``last``.
+            before: (b, D) ``fz`` of the step before.
+            last: (b, D) the residual of the step before, as this function left it; neither it nor ``before``
+                is read in rows that take no difference yet.
+            slots: (b, 2, D) each, ``SLOTS`` at most: the pairs q, p; written to.
+            numbers: (b, 2 m + 3 + n) gamma and weight of each of the m slots, the smallest ``||r||``, its
+                blur, the steps made, and the unit of each of n parts; written to.
+            newest: the slot that this step's difference takes.
+        """
+        assert library is not None
+        following = torch.empty_like(fz)
+        library.anderson(
+            self._settings,
+            threads(fz),
+            len(fz),
+            newest,
+            fz.data_ptr(),
+            r.data_ptr(),
+            before.data_ptr(),
+            last.data_ptr(),
+            numbers.data_ptr(),
+            following.data_ptr(),
+            *[slot.data_ptr() for slot in slots],
+        )
+        return following

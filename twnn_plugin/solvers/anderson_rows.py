@@ -29,6 +29,7 @@ class Settings:
 
 
 class _History(NamedTuple):
+    kernel: kernels.Anderson
     step: int  # made by the oldest row
     even: bool  # whether all rows have made as many
     fz: Tensor | None  # (b, D) the last f(z)
@@ -50,42 +51,48 @@ class AndersonRows(StepSolver):
     settings: Settings
 
     def init(self, z: Tensor) -> _History:
-        return _History(0, True, None, None, None)
-
-    def step(
-        self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _History
-    ) -> tuple[Tensor, _History]:
-        given, step = self.settings, state.step
-        newest = step == given.start - 1  # the first difference needs only the last pair
-        if state.even and (step < given.start - 1 or (newest and not given.parts)):
-            plain = fz if given.damping == 1 else torch.add(z, r, alpha=given.damping)
-            if not newest:
-                return plain, state._replace(step=step + 1)
-            return plain, _History(step + 1, True, fz, r, self._numbers(r, given.start))
-        numbers = self._numbers(r, step) if state.numbers is None else state.numbers
-        slots, taken, most = state.slots, state.taken, self._most(r)
-        if not state.even or step >= max(given.start, 1):
-            if len(slots) < most:
-                slots = (*slots, r.new_empty((r.shape[0], 2, r.shape[1])))
-            taken += 1
-        eps = torch.finfo(r.dtype).eps
-        following = kernels.anderson(
-            fz,
-            r,
-            fz if state.fz is None else state.fz,
-            r if state.last is None else state.last,
-            slots,
-            numbers,
-            parts=kernels.widths(given.parts),
-            most=most,
-            newest=max(taken - 1, 0) % most,
+        given, eps = self.settings, torch.finfo(z.dtype).eps
+        kernel = kernels.Anderson(
+            z,
+            parts=given.parts,
+            most=self._most(z),
             start=given.start,
             damping=given.damping,
             restart=given.restart,
             noise=given.noise * eps,
             blurred=given.blur * eps,
         )
-        return following, _History(step + 1, state.even, fz, r, numbers, slots, taken)
+        return _History(kernel, 0, True, None, None, None)
+
+    def step(
+        self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: _History
+    ) -> tuple[Tensor, _History]:
+        given = self.settings
+        kernel, step, even, before, last, numbers, slots, taken = state
+        newest = step == given.start - 1  # the first difference needs only the last pair
+        fz = kernels.same(fz, r)
+        if even and (step < given.start - 1 or (newest and not given.parts)):
+            plain = fz if given.damping == 1 else torch.add(z, r, alpha=given.damping)
+            if not newest:
+                return plain, state._replace(step=step + 1)
+            return plain, _History(kernel, step + 1, True, fz, r, self._numbers(r, given.start))
+        most = self._most(r)
+        if numbers is None:
+            numbers = self._numbers(r, step)
+        if not even or step >= max(given.start, 1):
+            if len(slots) < most:
+                slots = (*slots, r.new_empty((r.shape[0], 2, r.shape[1])))
+            taken += 1
+        following = kernel.step(
+            fz,
+            r,
+            fz if before is None else before,
+            r if last is None else last,
+            slots,
+            numbers,
+            max(taken - 1, 0) % most,
+        )
+        return following, _History(kernel, step + 1, even, fz, r, numbers, slots, taken)
 
     def keep(self, state: _History, rows: Tensor) -> _History:
         own = rebuild(
