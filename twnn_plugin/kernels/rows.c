@@ -326,23 +326,25 @@ static PyObject *compact(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
     return PyLong_FromSsize_t(there);
 }
 
-/* Rows of a matrix moved to its front, in the order of `kept`, which ascends. */
+/* Rows of matrices moved to the front of each, in the order of `kept`, which ascends. */
 static PyObject *shrink(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 4))
-        return NULL;
+    if (count < 2 || count % 2)
+        return PyErr_Format(PyExc_TypeError, "rows, and a pair for each matrix, wanted; got %zd arguments", count);
     Given given = {args};
-    char *matrix = address(&given);
-    const size_t width = (size_t)whole(&given); /* bytes of a row */
     const int64_t *kept = address(&given);
     const ptrdiff_t rows = whole(&given);
-    if (PyErr_Occurred())
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS;
-    for (ptrdiff_t row = 0; row < rows; row++)
-        if (kept[row] != row)
-            memcpy(matrix + (size_t)row * width, matrix + (size_t)kept[row] * width, width);
-    Py_END_ALLOW_THREADS;
+    for (Py_ssize_t at = 2; at < count; at += 2) {
+        char *matrix = address(&given);
+        const size_t width = (size_t)whole(&given); /* bytes of a row */
+        if (PyErr_Occurred())
+            return NULL;
+        Py_BEGIN_ALLOW_THREADS;
+        for (ptrdiff_t row = 0; row < rows; row++)
+            if (kept[row] != row)
+                memcpy(matrix + (size_t)row * width, matrix + (size_t)kept[row] * width, width);
+        Py_END_ALLOW_THREADS;
+    }
     Py_RETURN_NONE;
 }
 

@@ -297,19 +297,24 @@ def moving(
     )[0]
 
 
-def shrunk(x: Tensor, kept: Tensor) -> Tensor:
-    """Some rows of ``x``, moved to the front of its memory, which nobody else may use.
+def shrunk(arrays: Sequence[Tensor], kept: Tensor) -> list[Tensor]:
+    """Some rows of each array, at its front; behind them may be others, which mean nothing.
 
     Args:
-        x: (b, ...) contiguous, on the CPU.
+        arrays: (b, ...) contiguous each, on the CPU, in memory that nobody else uses.
         kept: (n,) int64 places, ascending.
     """
     assert library is not None
-    if 2 * len(kept) <= x.untyped_storage().nbytes() // max(1, x.element_size() * x.stride(0)):
-        return x.index_select(0, kept)  # half of the memory and more is given back
-    if x.numel():
-        library.shrink(x.data_ptr(), x.stride(0) * x.element_size(), kept.data_ptr(), len(kept))
-    return x[: len(kept)]
+    count, found, moved = len(kept), [], []
+    for x in arrays:
+        if 2 * count <= len(x):  # half of the memory and more is given back
+            x = x.index_select(0, kept)
+        elif x.numel():
+            moved += (x.data_ptr(), x.stride(0) * x.element_size())
+        found.append(x)
+    if moved:
+        library.shrink(kept.data_ptr(), count, *moved)
+    return found
 
 
 class Anderson:
@@ -360,7 +365,7 @@ class Anderson:
         Args:
             fz: (b, D) ``f(z)``, as ``same`` makes it of ``r``.
             r: (b, D) ``f(z) - z``, contiguous; in units afterwards, as the next step's ``last``.
-            before: (b, D) ``fz`` of the step before.
+            before: (b, D) ``fz`` of the step before. Of this and what follows, more rows than b may be there.
             last: (b, D) the residual of the step before, as this function left it; neither it nor ``before``
                 is read in rows that take no difference yet.
             slots: (b, 2, D) each, ``SLOTS`` at most: the pairs q, p; written to.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..trees import rebuild
 from .base import Problem, StepSolver
 
 __all__ = ["AndersonRows", "Settings"]
@@ -29,6 +28,7 @@ class Settings:
 
 
 class _History(NamedTuple):
+    # Rows of ``last``, ``numbers`` and ``slots`` behind those of the batch mean nothing.
     kernel: kernels.Anderson
     step: int  # made by the oldest row
     even: bool  # whether all rows have made as many
@@ -95,13 +95,14 @@ class AndersonRows(StepSolver):
         return following, _History(kernel, step + 1, even, fz, r, numbers, slots, taken)
 
     def keep(self, state: _History, rows: Tensor) -> _History:
-        own = rebuild(
-            (state.last, state.numbers, state.slots),
-            lambda x: None if x is None else kernels.shrunk(x, rows),
-        )
-        last, numbers, slots = own
+        if state.last is None:
+            return state
+        # What it was given is others', and is copied; what it has made itself moves to the front.
         fz = None if state.fz is None else state.fz.index_select(0, rows)
-        return state._replace(fz=fz, last=last, numbers=numbers, slots=slots)
+        if state.numbers is None:
+            return state._replace(fz=fz, last=kernels.shrunk((state.last,), rows)[0])
+        last, numbers, *slots = kernels.shrunk((state.last, state.numbers, *state.slots), rows)
+        return state._replace(fz=fz, last=last, numbers=numbers, slots=tuple(slots))
 
     def renew(self, state: _History, rows: Tensor, z: Tensor) -> _History:
         numbers = self._numbers(z, state.step) if state.numbers is None else state.numbers
