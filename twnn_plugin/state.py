@@ -92,6 +92,11 @@ class Layout:
     named: type | None = None
 
     @cached_property
+    def plain(self) -> bool:
+        """Whether a state is its matrix, in its dtype."""
+        return self.flat and self.dtypes[0] is self.dtype
+
+    @cached_property
     def flat(self) -> bool:
         """Whether a state is its matrix: one tensor (B, D) of the matrix' dtype or another."""
         return self.kind == "tensor" and len(self.shapes[0]) == 1
@@ -154,9 +159,11 @@ class Layout:
 
     def unpack(self, matrix: Tensor) -> State:
         """A (b, D) matrix as a state of b rows."""
+        if self.plain:
+            return matrix
         b = matrix.shape[0]
         if self.kind == "tensor":
-            state = matrix if self.flat else matrix.view(b, *self.shapes[0])
+            state = matrix.view(b, *self.shapes[0])
             return state if self.dtypes[0] is self.dtype else state.to(self.dtypes[0])
         columns = matrix.split(list(self.sizes), dim=1)
         parts = [
@@ -180,10 +187,8 @@ class Layout:
         try:
             if isinstance(state, Tensor) and self.kind == "tensor" and state.dtype is self.dtype:
                 # What nearly every f returns, with as few operations as there can be.
-                if self.flat and state.shape == (rows, self.sizes[0]):
-                    return state
                 if state.shape == (rows, *self.shapes[0]):
-                    return state.reshape(rows, self.sizes[0])
+                    return state if self.flat else state.reshape(rows, self.sizes[0])
             return self._matrix(self._checked(state, rows))
         except RuntimeError:  # looked at only now, since a loop comes here at every evaluation
             parts = _parts(state, "What f returns")[2]

@@ -63,28 +63,34 @@ class Equation:
 
     def map(self, z: Tensor, *context: Tensor) -> Tensor:
         """``f`` as a function of (b, D) states and their context."""
-        return self.layout.pack(self.f(self.layout.unpack(z), *context), z.shape[0])
+        layout = self.layout
+        return layout.pack(self.f(layout.unpack(z), *context), len(z))
 
     def evaluate(self, z: Tensor) -> Tensor:
-        first = self.evaluations == 0
-        self.evaluations += z.shape[0]
-        fz = self._checked(z, first)
-        if first:
-            self._first = fz
-        elif self._first is not None:
+        if self.evaluations == 0:
+            self.evaluations = len(z)
+            self._first = fz = self._evaluate_first(z)
+            return fz
+        self.evaluations += len(z)
+        # Tensors of inference mode do not count how often they are written to.
+        version = None if z.is_inference() else z._version
+        fz = self.map(z, *self.context)
+        if version is not None and z._version != version:
+            raise MapError(_IN_PLACE)
+        if self._first is not None:
             self._look_at_memory(fz)
         return fz
 
-    def _checked(self, z: Tensor, first: bool) -> Tensor:
-        """``f(z)``, which must not write to z nor, as far as its first evaluation shows, to the context."""
-        if z.is_inference():  # such tensors do not count how often they are written to: look, once
-            return self._watched(z) if first and not _capturing(z) else self.map(z, *self.context)
+    def _evaluate_first(self, z: Tensor) -> Tensor:
+        """``f(z)``, which must not write to z nor, as far as this shows, to the context."""
+        if z.is_inference():
+            return self.map(z, *self.context) if _capturing(z) else self._watched(z)
         version = z._version
-        before = [None if c.is_inference() else c._version for c in self.context] if first else ()
+        before = [None if c.is_inference() else c._version for c in self.context]
         fz = self.map(z, *self.context)
         if z._version != version:
             raise MapError(_IN_PLACE)
-        for place, (c, known) in enumerate(zip(self.context, before)):  # noqa: B905 - looked at once
+        for place, (c, known) in enumerate(zip(self.context, before, strict=True)):
             if known is not None and c._version != known:
                 raise MapError(_WRITTEN.format(place=place))
         return fz
