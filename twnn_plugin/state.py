@@ -185,9 +185,12 @@ class Layout:
                 side by side.
         """
         try:
-            alike = isinstance(state, Tensor) and self.kind == "tensor" and state.dtype is self.dtype
-            if alike and state.shape == (rows, *self.shapes[0]):
-                # What nearly every f returns, with as few operations as there can be.
+            if (  # what nearly every f returns, with as few operations as there can be
+                isinstance(state, Tensor)
+                and self.kind == "tensor"
+                and state.dtype is self.dtype
+                and state.shape == (rows, *self.shapes[0])
+            ):
                 return state if self.flat else state.reshape(rows, self.sizes[0])
             return self._matrix(self._checked(state, rows))
         except RuntimeError:  # looked at only now, since a loop comes here at every evaluation
