@@ -100,7 +100,10 @@ class Intact:
     @property
     def begun(self) -> bool:
         """Whether the model's own pass has begun, which this was called for, and not come to a span yet."""
-        return all(passes.now.begun for passes in self.passes)
+        for passes in self.passes:  # noqa: SIM110 - a pass spends less time on a loop than on a generator
+            if not passes.now.begun:
+                return False
+        return True
 
     def look(self) -> None:
         """Raise if a module is not where it was, and see to hooks that have come since the last pass."""
@@ -108,7 +111,7 @@ class Intact:
             if parent._modules.get(name) is not child:  # a fifth of the time that the attribute takes
                 self._refuse()
         for chain in self.chains:
-            chain.check()
+            chain.check_quickly()
         kinds = _sharding()
         if kinds:
             self._check_whole(kinds)
@@ -195,6 +198,17 @@ class _Chain:
                 same = False
         if not same:
             self._look(now)
+
+    def check_quickly(self) -> None:
+        """:meth:`check` by the container's own record, which takes a fifth of the time."""
+        children = self.container._modules
+        if len(children) == len(self.children):
+            for child, known in zip(children.values(), self.children):  # noqa: B905 - their number is looked at
+                if child is not known:
+                    break
+            else:
+                return
+        self.check()
 
     def _look(self, now: list[nn.Module]) -> None:
         known = {id(child) for child in self.children}

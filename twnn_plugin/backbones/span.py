@@ -287,11 +287,12 @@ class ReplayedGroup(AttachedGroup):
         now = self.passes.now
         if now.replaying or now.open_loop is None:
             return None
-        self.check_exporting()
-        # A solve takes as many steps as its data need: a compiled model leaves its graph for it.
-        # The unrolled form takes none in eval mode.
-        steady = now.how is not None and not (self.training and torch.is_grad_enabled())
-        outside = not steady and torch.compiler.is_compiling()
+        outside = False
+        if torch.compiler.is_compiling():
+            self.check_exporting()
+            # A solve takes as many steps as its data need: a compiled model leaves its graph for it.
+            # The unrolled form takes none in eval mode.
+            outside = now.how is None or (self.training and torch.is_grad_enabled())
         found = self._settle_outside(output) if outside else self._settle(output)
         if self.guarded:
             now.left = versions(output if found is None else found)

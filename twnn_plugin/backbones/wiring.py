@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -226,10 +227,12 @@ class Wiring(Program):
 
     def fits(self, seen: Sequence[Arguments]) -> bool:
         """Whether the calls were given as many arguments as ever, as far as a glance tells."""
-        for node, (args, kwargs) in zip(self.nodes, seen, strict=True):
-            if len(args) + len(kwargs) != len(node.sources):
-                return False
-        return True
+        return [len(args) + len(kwargs) for args, kwargs in seen] == self._widths
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        """The arguments of each call."""
+        return [len(node.sources) for node in self.nodes]
 
     def template(self, seen: Sequence[Arguments]) -> list[Arguments]:
         """What the calls were given, without what comes from the rows.

@@ -51,11 +51,11 @@ def at_rest(parts: Sequence[Part], outs: Sequence[Tensor]) -> bool:
         probability = part.glance(out)
         if probability is None:
             return False
-        found.append(probability)
+        found.append((part, out, probability))
     group = None
-    for part, out, probability in zip(parts, outs, found, strict=True):
+    for part, out, probability in found:
         part.rested(probability, group)
-        group = parts[0].span
+        group = part.span if group is None else group
         if companion is not None:
             companion.settled[part.span] = out.shape[0], None
     return True

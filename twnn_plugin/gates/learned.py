@@ -268,7 +268,7 @@ class LearnedGate(Gate):
         hidden, scorer, threshold = own.get("hidden"), own.get("score"), buffers.get("threshold")
         if hidden is None or scorer is None or threshold is None:
             return None
-        told = kernels.glance(out, layout, kernels.Perceptron(hidden, scorer, threshold))
+        told = kernels.glance(out, layout, hidden, scorer, threshold)
         if told is None:
             return None
         score, over = told
@@ -278,7 +278,7 @@ class LearnedGate(Gate):
         if self._penalty is not None:
             self._penalty = None
         # By the threshold and the temperature of now, whatever becomes of them before anybody asks.
-        return (partial(self._chance, score, self.temperature, over),)
+        return (partial(self._chance, score, self._temperature, over),)
 
     def chance(self, margin: Tensor, temperature: float) -> Tensor:
         """The probabilities at some margins, with the temperature that these were made with."""

@@ -7,7 +7,7 @@ and the solvers use operations of torch, with the same results up to rounding; `
 environment, or :func:`disabled`, makes them do so.
 """
 
-from .gate import Perceptron, glance
+from .gate import glance
 from .rows import SLOTS, Anderson, Codes, Rows, Rule, moving, same, shrunk, widths
 from .switch import available, describe, disabled, reads, takes
 
@@ -15,7 +15,6 @@ __all__ = [
     "SLOTS",
     "Anderson",
     "Codes",
-    "Perceptron",
     "Rows",
     "Rule",
     "available",
