@@ -529,6 +529,7 @@ SHAPES = {
     "NHWC": (3, 9, 5, 12),
     "NCHW": (3, 12, 9, 5),
     "NCHW, many positions": (2, 12, 17, 13),
+    "NCHW, wide": (2, 70, 3, 3),
     "NCHW, channels_last": (3, 12, 4, 3),
 }
 
@@ -538,13 +539,13 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_gate_looks_as_it_glances(shape, per):
     layout = shape.split(",")[0]
-    gate = _gate(12, per)
+    gate = _gate(SHAPES[shape][1 if layout == "NCHW" else -1], per)
     for seed in range(8):
         out = torch.randn(SHAPES[shape], generator=torch.Generator().manual_seed(seed))
         if shape.endswith("channels_last"):
             out = out.to(memory_format=torch.channels_last)
         with torch.no_grad():
-            gate.threshold.fill_(0.7 * seed)
+            gate.threshold.fill_(1.5 * seed)
             told = gate.look(out, layout)
             mine = gate.scores
             glanced = gate.glance(pool(out, layout, torch.float32))
@@ -584,7 +585,16 @@ def test_a_gate_looks_only_at_what_the_kernel_can_read():
     gate, out = _gate(6), torch.randn(2, 6, 4, 4)
     with torch.no_grad():
         assert gate.look(out, "NCHW") is not None
-        for other in (out.double(), out.half(), out.to("meta"), out.transpose(2, 3), out[:0]):
+        others = (
+            out.double(),
+            out.half(),
+            out.to("meta"),
+            out.transpose(2, 3),
+            out[:0],
+            out[:, :3],
+            out.repeat(1, 2, 1, 1),
+        )
+        for other in (out.double(), out.half(), out.to("meta"), *shapes):
             assert gate.look(other, "NCHW") is None
         assert gate.train().look(out, "NCHW") is None
         assert _gate(6).double().look(out, "NCHW") is None

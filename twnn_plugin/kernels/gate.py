@@ -51,7 +51,7 @@ def glance(
     else:
         contiguous = out.is_contiguous(memory_format=torch.channels_last)
         per_channel, per_position = 1, channels
-    if not contiguous or size % (rows * channels):
+    if not contiguous or out.shape[1 if layout == "NCHW" else -1] != channels:
         return None
     found = out.new_empty((rows, scores))
     assert library is not None

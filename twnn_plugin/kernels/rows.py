@@ -272,7 +272,8 @@ def moving(
     """
     assert library is not None
     for index in (places, status):
-        if index is not None and not (index.shape == z.shape[:1] and index.dtype is torch.int64):
+        fits = index is None or (index.shape == z.shape[:1] and index.dtype is torch.int64)
+        if not fits or not (index is None or index.is_contiguous()):
             raise ValueError(f"The kernels need ({len(z)},) of torch.int64; got {index!r}.")
     if z.shape[1:] != fz.shape[1:] or (places is None and len(z) != len(fz)) or z.dtype is not fz.dtype:
         raise ValueError(f"The kernels need rows alike; got {fz.shape}, {fz.dtype} and {z.shape}, {z.dtype}.")
