@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["leaves", "rebuild"]
+from torch import Tensor
+
+__all__ = ["leaves", "rebuild", "take"]
 
 
 def leaves(tree: Any) -> Iterator[Any]:
@@ -29,3 +31,8 @@ def rebuild(tree: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(tree, (tuple, list)):
         return type(tree)(rebuild(value, change) for value in tree)
     return change(tree)
+
+
+def take(tree: Any, rows: Tensor) -> Any:
+    """The tree with the (n,) ``rows`` of every tensor; what is no tensor is left alone."""
+    return rebuild(tree, lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf)

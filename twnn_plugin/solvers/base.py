@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from ..errors import MapError, OptionError
-from ..trees import rebuild
+from ..trees import take
 from ..types import Iteration
 
 __all__ = [
@@ -206,7 +206,7 @@ class StepSolver(Solver):
 
         What ``state`` holds is not used again.
         """
-        return rebuild(state, lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf)
+        return take(state, rows)
 
     def compiled(self) -> StepSolver:
         """The method by compiled kernels (:mod:`twnn_plugin.kernels`), if it has any; equal up to rounding.

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..trees import rebuild
+from ..trees import take
 from ..types import Status
 from .base import Control, Outcome, Problem, StepSolver, check_place
 from .book import GROWTH, PATIENCE, joint_limit, stagnated
 from .measure import Threshold, classify, measure, report_residual
 from .memory import device_only
 
-__all__ = ["Carry", "Runner", "bucket", "drive_masked", "run_eagerly", "take"]
+__all__ = ["Carry", "Runner", "bucket", "drive_masked", "run_eagerly"]
 
 
 class Carry(NamedTuple):
@@ -182,11 +182,6 @@ def bucket(rows: int, batch: int) -> int:
     while size > 1 and (size + 1) // 2 >= rows:
         size = (size + 1) // 2
     return size
-
-
-def take(tree: Any, rows: Tensor) -> Any:
-    """The rows of every tensor in a tree."""
-    return rebuild(tree, lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf)
 
 
 def _start(solver: StepSolver, z: Tensor) -> Carry:

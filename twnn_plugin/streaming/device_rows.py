@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..solvers.base import Control
 from ..solvers.book import GROWTH, PATIENCE, stagnated
-from ..solvers.masked import take
 from ..solvers.measure import Threshold, measure
 from ..solvers.memory import device_only
+from ..trees import take
 from .active_rows import ActiveRows, Evaluate, Following
 from .request import Done, Facts, ending
 
