@@ -11,8 +11,8 @@ from torch import Tensor
 
 import twnn_plugin as tw
 from twnn_plugin.solvers import Problem, StepSolver
-from twnn_plugin.trees import take
 from twnn_plugin.streaming.methods import Cohorts, Renewing
+from twnn_plugin.trees import take
 
 from .streams import Mixed, assert_same, mixed_batches
 
