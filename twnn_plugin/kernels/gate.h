@@ -8,7 +8,23 @@ typedef struct {
     double eps;
 } Glance;
 
-CLONES static void pooled(const Glance *job, const float *x, float *mean)
+/* The means over positions that lie next to each other, less than lanes are worth. */
+INLINE void few(const float *restrict x, ptrdiff_t channels, ptrdiff_t positions, float *restrict mean)
+{
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        const float *run = x + c * positions;
+        float sum[4] = {0};
+        ptrdiff_t p = 0;
+        for (; p + 4 <= positions; p += 4)
+            for (int j = 0; j < 4; j++)
+                sum[j] += run[p + j];
+        for (; p < positions; p++)
+            sum[0] += run[p];
+        mean[c] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / (float)positions;
+    }
+}
+
+CLONES static void pooled(const Glance *job, const float *restrict x, float *restrict mean)
 {
     const ptrdiff_t channels = job->channels, positions = job->positions;
     if (job->per_channel == 1) {
@@ -17,21 +33,19 @@ CLONES static void pooled(const Glance *job, const float *x, float *mean)
         for (ptrdiff_t p = 0; p < positions; p++)
             for (ptrdiff_t c = 0; c < channels; c++)
                 mean[c] += x[p * job->per_position + c];
+        for (ptrdiff_t c = 0; c < channels; c++)
+            mean[c] /= (float)positions;
+    } else if (positions == 4) { /* the last maps of images of 64 and of 224 pixels: loops of known length */
+        few(x, channels, 4, mean);
+    } else if (positions == 49) {
+        few(x, channels, 49, mean);
+    } else if (positions < 64) {
+        few(x, channels, positions, mean);
     } else {
         for (ptrdiff_t c = 0; c < channels; c++) {
-            const float *run = x + c * job->per_channel;
-            ptrdiff_t p = 0;
-            if (positions < 64) { /* less than lanes cost */
-                float sum[4] = {0};
-                for (; p + 4 <= positions; p += 4)
-                    for (int j = 0; j < 4; j++)
-                        sum[j] += run[p + j];
-                for (; p < positions; p++)
-                    sum[0] += run[p];
-                mean[c] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-                continue;
-            }
+            const float *run = x + c * positions;
             float lane[16] = {0};
+            ptrdiff_t p = 0;
             for (; p + 16 <= positions; p += 16)
                 for (int j = 0; j < 16; j++)
                     lane[j] += run[p + j];
@@ -40,11 +54,9 @@ CLONES static void pooled(const Glance *job, const float *x, float *mean)
             for (int width = 8; width > 0; width /= 2)
                 for (int j = 0; j < width; j++)
                     lane[j] += lane[j + width];
-            mean[c] = lane[0];
+            mean[c] = lane[0] / (float)positions;
         }
     }
-    for (ptrdiff_t c = 0; c < channels; c++)
-        mean[c] /= (float)positions;
 }
 
 /* The sum of x, or of the squares of its distances from a mean, in double. */
@@ -75,52 +87,78 @@ CLONES static void normalised(float *x, ptrdiff_t n, double eps)
         x[i] = (float)((x[i] - mean) * scale);
 }
 
-#define ABREAST 4 /* sums that one reading of x serves */
+#define ABREAST 4 /* sums that are made at once, of numbers that are read once */
 
-/* out[i] = w[i] . x for `count` rows of a matrix, n numbers each */
-INLINE void products(const float *restrict w, const float *restrict x, ptrdiff_t n, ptrdiff_t count, float *restrict out)
+/* out[k * step] = a[k * across] . b[k * along] for k < ABREAST, n numbers each */
+INLINE void products(const float *restrict a, ptrdiff_t across, const float *restrict b, ptrdiff_t along, ptrdiff_t n,
+                     float *restrict out, ptrdiff_t step)
 {
-    ptrdiff_t i = 0;
-    for (; i + ABREAST <= count; i += ABREAST) {
-        const float *row = w + i * n;
-        float lane[ABREAST][16] = {{0}};
-        ptrdiff_t c = 0;
-        for (; c + 16 <= n; c += 16)
-            for (int k = 0; k < ABREAST; k++)
-                for (int j = 0; j < 16; j++)
-                    lane[k][j] += row[k * n + c + j] * x[c + j];
-        for (int k = 0; k < ABREAST; k++) {
-            double rest = 0;
-            for (ptrdiff_t at = c; at < n; at++)
-                rest += row[k * n + at] * x[at];
-            for (int width = 8; width > 0; width /= 2)
-                for (int j = 0; j < width; j++)
-                    lane[k][j] += lane[k][j + width];
-            out[i + k] = (float)(lane[k][0] + rest);
+    float lane0[16] = {0}, lane1[16] = {0}, lane2[16] = {0}, lane3[16] = {0};
+    const float *a0 = a, *a1 = a + across, *a2 = a1 + across, *a3 = a2 + across;
+    const float *b0 = b, *b1 = b + along, *b2 = b1 + along, *b3 = b2 + along;
+    ptrdiff_t c = 0;
+    for (; c + 16 <= n; c += 16)
+        for (int j = 0; j < 16; j++) {
+            lane0[j] += a0[c + j] * b0[c + j];
+            lane1[j] += a1[c + j] * b1[c + j];
+            lane2[j] += a2[c + j] * b2[c + j];
+            lane3[j] += a3[c + j] * b3[c + j];
         }
+    float *lanes[ABREAST] = {lane0, lane1, lane2, lane3};
+    for (int k = 0; k < ABREAST; k++) {
+        float *lane = lanes[k];
+        double rest = 0;
+        for (ptrdiff_t at = c; at < n; at++)
+            rest += a[k * across + at] * b[k * along + at];
+        for (int width = 8; width > 0; width /= 2)
+            for (int j = 0; j < width; j++)
+                lane[j] += lane[j + width];
+        out[k * step] = (float)(lane[0] + rest);
     }
-    for (; i < count; i++)
-        out[i] = (float)dot_float(w + i * n, x, n);
 }
 
-/* Whether no score is above the threshold; one that is not a number is. `space` holds channels + hidden. */
+/* The hidden layer before its bias, (rows, hidden), of (rows, channels) x. */
+INLINE void hidden_layer(const Glance *job, const float *x, ptrdiff_t rows, float *hidden)
+{
+    const ptrdiff_t channels = job->channels, count = job->hidden;
+    ptrdiff_t h = 0;
+    if (rows == ABREAST) { /* the weights are read once for them all */
+        for (; h < count; h++)
+            products(x, channels, job->w1 + h * channels, 0, channels, hidden + h, count);
+        return;
+    }
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        for (h = 0; h + ABREAST <= count; h += ABREAST)
+            products(job->w1 + h * channels, channels, x + row * channels, 0, channels, hidden + row * count + h, 1);
+        for (; h < count; h++)
+            hidden[row * count + h] = (float)dot_float(job->w1 + h * channels, x + row * channels, channels);
+    }
+}
+
+/* Whether no score is above the threshold; one that is not a number is. `space` holds channels + hidden for ABREAST
+ * rows. */
 CLONES static int all_closed(const Glance *job, float *space)
 {
-    float *x = space, *hidden = space + job->channels;
+    const ptrdiff_t channels = job->channels, count = job->hidden;
+    float *x = space, *hidden = space + ABREAST * channels;
     int closed = 1;
-    for (ptrdiff_t row = 0; row < job->rows; row++) {
-        float *score = job->score + row * job->scores;
-        pooled(job, job->x + row * job->channels * job->positions, x);
-        normalised(x, job->channels, job->eps);
-        products(job->w1, x, job->channels, job->hidden, hidden);
-        for (ptrdiff_t h = 0; h < job->hidden; h++) {
-            const float sum = hidden[h] + job->b1[h];
-            hidden[h] = sum > 0 || sum != sum ? sum : 0;
+    for (ptrdiff_t from = 0; from < job->rows; from += ABREAST) {
+        const ptrdiff_t rows = job->rows - from < ABREAST ? job->rows - from : ABREAST;
+        for (ptrdiff_t row = 0; row < rows; row++) {
+            pooled(job, job->x + (from + row) * channels * job->positions, x + row * channels);
+            normalised(x + row * channels, channels, job->eps);
         }
-        products(job->w2, hidden, job->hidden, job->scores, score);
-        for (ptrdiff_t s = 0; s < job->scores; s++) {
-            score[s] += job->b2[s];
-            closed &= score[s] - *job->threshold <= 0;
+        hidden_layer(job, x, rows, hidden);
+        for (ptrdiff_t row = 0; row < rows; row++) {
+            float *score = job->score + (from + row) * job->scores, *own = hidden + row * count;
+            for (ptrdiff_t h = 0; h < count; h++) {
+                const float sum = own[h] + job->b1[h];
+                own[h] = sum > 0 || sum != sum ? sum : 0;
+            }
+            for (ptrdiff_t s = 0; s < job->scores; s++) {
+                score[s] = (float)dot_float(job->w2 + s * count, own, count) + job->b2[s];
+                closed &= score[s] - *job->threshold <= 0;
+            }
         }
     }
     return closed;

@@ -413,7 +413,7 @@ static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
     job.eps = real(&given);
     if (PyErr_Occurred())
         return NULL;
-    float *space = PyMem_Malloc((size_t)(job.channels + job.hidden) * sizeof(float));
+    float *space = PyMem_Malloc((size_t)(ABREAST * (job.channels + job.hidden)) * sizeof(float));
     if (!space)
         return PyErr_NoMemory();
     int closed;
