@@ -179,13 +179,13 @@ OTHERS: dict[str, tuple[Callable[[], Cost], Cost]] = {
     "recurrent, window by window": (lambda: recurrent(10), Cost(20, 1976)),
 }
 COMPILED = {
-    "solver anderson": 107,
-    "solver picard": 204,
-    "adjoint ad_fixed_point": 296,
-    "adjoint implicit": 257,
+    "solver anderson": 123,
+    "solver picard": 226,
+    "adjoint ad_fixed_point": 320,
+    "adjoint implicit": 277,
     "wormhole, open": 217,
     "wormhole, open, training": 1097,
-    "selection, every layer": 344,
+    "selection, every layer": 356,
 }
 CASES: dict[str, tuple[Callable[[], Cost], Cost]] = {
     **{f"solver {name}": (lambda name=name: solve(name), cost) for name, cost in SOLVES.items()},

@@ -8,7 +8,7 @@ environment, or :func:`disabled`, makes them do so.
 """
 
 from .gate import glance
-from .rows import SLOTS, Anderson, Codes, Rows, Rule, moving, same, shrunk, widths
+from .rows import SLOTS, Anderson, Codes, Rows, Rule, moving, same, shrunk, spread, widths
 from .switch import available, describe, disabled, reads, takes
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "reads",
     "same",
     "shrunk",
+    "spread",
     "takes",
     "widths",
 ]

@@ -253,11 +253,11 @@ static PyObject *moving(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
     return run(wide ? moving_double : moving_float, job.rows, &job, threads);
 }
 
-/* The values of the rows that leave, to their places in the whole batch; of rows that ran out of evaluations or broke,
- * the newest. */
+/* The values of the rows that leave, one after the other, and their places in the whole batch; of rows that ran out
+ * of evaluations or broke, the newest. */
 static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 10))
+    if (!counted(count, 11))
         return NULL;
     Given given = {args};
     const ptrdiff_t rows = whole(&given);
@@ -265,7 +265,8 @@ static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
     const char *f = address(&given), *z = address(&given);
     unsigned char *alive = address(&given);
     const int64_t *places = address(&given), *status = address(&given);
-    char *batch = address(&given);
+    char *value = address(&given);
+    int64_t *stored = address(&given);
     const int64_t max_iter = whole(&given), non_finite = whole(&given);
     if (PyErr_Occurred())
         return NULL;
@@ -275,9 +276,31 @@ static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
             continue;
         const int64_t place = places[row];
         const int newest = status[place] == max_iter || status[place] == non_finite;
-        memcpy(batch + (size_t)place * width, (newest ? f : z) + (size_t)row * width, width);
+        memcpy(value, (newest ? f : z) + (size_t)row * width, width);
+        value += width;
+        *stored++ = place;
         alive[row] = GONE;
     }
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+/* Rows that lie one after the other, to their places in the whole batch. */
+static PyObject *spread(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 5))
+        return NULL;
+    Given given = {args};
+    const ptrdiff_t rows = whole(&given);
+    const size_t width = (size_t)whole(&given); /* bytes of a row */
+    const char *value = address(&given);
+    const int64_t *places = address(&given);
+    char *batch = address(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    for (ptrdiff_t row = 0; row < rows; row++)
+        memcpy(batch + (size_t)places[row] * width, value + (size_t)row * width, width);
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
@@ -432,6 +455,7 @@ static PyMethodDef methods[] = {
     {"look", (PyCFunction)(void (*)(void))look, METH_FASTCALL, NULL},
     {"moving", (PyCFunction)(void (*)(void))moving, METH_FASTCALL, NULL},
     {"store", (PyCFunction)(void (*)(void))store, METH_FASTCALL, NULL},
+    {"spread", (PyCFunction)(void (*)(void))spread, METH_FASTCALL, NULL},
     {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, NULL},
     {"compact", (PyCFunction)(void (*)(void))compact, METH_FASTCALL, NULL},
     {"shrink", (PyCFunction)(void (*)(void))shrink, METH_FASTCALL, NULL},

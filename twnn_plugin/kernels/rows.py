@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .switch import library, threads
 
-__all__ = ["SLOTS", "Anderson", "Codes", "Rows", "Rule", "moving", "same", "shrunk", "widths"]
+__all__ = ["SLOTS", "Anderson", "Codes", "Rows", "Rule", "moving", "same", "shrunk", "spread", "widths"]
 
 _ABSOLUTE, _RELATIVE, _SCALED = range(3)  # as in rows.c
 _MARKS, _LEAVING = 4, 2
@@ -145,10 +145,11 @@ class Rows:
             0 if measured is None else measured.data_ptr(),
         )
 
-    def store(self, z: Tensor, fz: Tensor, whole: Tensor) -> None:
-        """Write the values of the rows that finished in the last look to their places in (B, D) ``whole``."""
+    def store(self, z: Tensor, fz: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The values, (count, D), of the rows that finished in the last look, and their places, (count,)."""
         assert library is not None
         _, going, _, places, status, _, _ = self._addresses
+        value, stored = z.new_empty((count, self._width)), self._places.new_empty(count)
         library.store(
             len(z),
             self._width * z.element_size(),
@@ -157,10 +158,12 @@ class Rows:
             going,
             places,
             status,
-            whole.data_ptr(),
+            value.data_ptr(),
+            stored.data_ptr(),
             self.codes.max_iter,
             self.codes.non_finite,
         )
+        return value, stored
 
     def compact(self, unfinished: int) -> Tensor:
         """Drop the finished rows of a batch that all came at once; (b,) the others' places, ascending."""
@@ -296,6 +299,16 @@ def moving(
         where.buffer_info()[0],
         len(parts),
     )[0]
+
+
+def spread(pieces: Sequence[tuple[Tensor, Tensor]], batch: int) -> Tensor:
+    """(batch, D) of rows that are in pieces: (n, D) values and (n,) places, every place once."""
+    assert library is not None
+    whole = pieces[0][0].new_empty((batch, pieces[0][0].shape[1]))
+    for value, places in pieces:
+        width = value.shape[1] * value.element_size()
+        library.spread(len(value), width, value.data_ptr(), places.data_ptr(), whole.data_ptr())
+    return whole
 
 
 def shrunk(arrays: Sequence[Tensor], kept: Tensor) -> list[Tensor]:

@@ -49,7 +49,9 @@ class BookRows:
         rule = rule_of(control, z.dtype)
         self.control, self.batch, self.unfinished = control, z.shape[0], z.shape[0]
         self._rows = kernels.Rows(z, rule, CODES, control.scale)
-        self._value: Tensor | None = None  # (B, D), as far as rows have finished
+        self._value: Tensor | None = None  # of all rows, if they finish at once
+        # Else (n, D) values and (n,) places: a whole matrix would be memory while the batch is largest.
+        self._pieces: list[tuple[Tensor, Tensor]] = []
 
     def settle(
         self, k: int, z: Tensor, fz: Tensor, memory: Tensor | None, problem: Problem
@@ -69,9 +71,7 @@ class BookRows:
         if ended == self.batch and newest in (0, ended):  # all at once: it is there already
             self._value = to if newest else at
             return r, True
-        if self._value is None:
-            self._value = z.new_empty((self.batch, z.shape[1]))
-        rows.store(at, to, self._value)
+        self._pieces.append(rows.store(at, to, ended))
         return r, True
 
     def _call_back(self, k: int, z: Tensor, alive: Tensor, measured: Tensor, problem: Problem) -> None:
@@ -94,5 +94,5 @@ class BookRows:
     def outcome(self) -> Outcome:
         """The whole batch, in its order; every row must be finished."""
         rows = self._rows
-        assert self._value is not None
-        return Outcome(self._value, rows.status, rows.steps, rows.residual)
+        value = kernels.spread(self._pieces, self.batch) if self._value is None else self._value
+        return Outcome(value, rows.status, rows.steps, rows.residual)
