@@ -399,6 +399,40 @@ def test_rows_move_to_the_front(keep, width):
 
 
 @built
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+def test_rows_keep_their_own_history_when_some_have_begun_anew_and_others_leave(steps):
+    solver, (weight, x) = tw.solver("anderson").compiled(), _linear()
+    kept = torch.tensor([1, 2, 4])
+
+    def iterate(z, state, x, count):
+        for _ in range(count):
+            fz = z @ weight + x
+            z, state = solver.step(None, z, fz, fz - z, state)
+        return z, state
+
+    with torch.no_grad():
+        z, state = iterate(torch.zeros_like(x), solver.init(x), x, steps)
+        z = z.index_fill(0, torch.tensor([0, 4]), 0.0)  # these begin anew
+        state = solver.keep(solver.renew(state, torch.tensor([0, 4]), z), kept)
+        together, _ = iterate(z[kept], state, x[kept], 6)
+        for place, row in enumerate(kept.tolist()):
+            mine = slice(row, row + 1)
+            begun = 0 if row == 4 else steps
+            alone, _ = iterate(
+                torch.zeros(1, x.shape[1], dtype=x.dtype), solver.init(x[mine]), x[mine], begun + 6
+            )
+            assert torch.allclose(together[place], alone[0], rtol=1e-8, atol=1e-10), row
+
+
+def _linear() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 9, generator=generator, dtype=torch.float64)
+    return 0.9 * weight / torch.linalg.matrix_norm(weight, 2), torch.randn(
+        6, 9, generator=generator, dtype=torch.float64
+    )
+
+
+@built
 def test_a_solve_does_not_write_to_what_it_was_given_or_returned_before():
     p = problems.mixed(batch=8)
     z0 = p.z0 + 0.1

@@ -95,14 +95,13 @@ class AndersonRows(StepSolver):
         return following, _History(kernel, step + 1, even, fz, r, numbers, slots, taken)
 
     def keep(self, state: _History, rows: Tensor) -> _History:
-        if state.last is None:
-            return state
         # What it was given is others', and is copied; what it has made itself moves to the front.
         fz = None if state.fz is None else state.fz.index_select(0, rows)
-        if state.numbers is None:
-            return state._replace(fz=fz, last=kernels.shrunk((state.last,), rows)[0])
-        last, numbers, *slots = kernels.shrunk((state.last, state.numbers, *state.slots), rows)
-        return state._replace(fz=fz, last=last, numbers=numbers, slots=tuple(slots))
+        own = [x for x in (state.last, state.numbers, *state.slots) if x is not None]
+        found = iter(kernels.shrunk(own, rows))
+        last = None if state.last is None else next(found)
+        numbers = None if state.numbers is None else next(found)
+        return state._replace(fz=fz, last=last, numbers=numbers, slots=tuple(found))
 
     def renew(self, state: _History, rows: Tensor, z: Tensor) -> _History:
         numbers = self._numbers(z, state.step) if state.numbers is None else state.numbers
