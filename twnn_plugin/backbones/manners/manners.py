@@ -117,7 +117,7 @@ class Manners:
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         """As in timm; as before any pass, the spans are looked after."""
-        if not self.intact.begun or torch.compiler.is_dynamo_compiling():  # else the pass itself has done so
+        if torch.compiler.is_dynamo_compiling() or not self.intact.begun:  # else the pass itself has done so
             self.intact(self.model, args)
         # Not a bound method: where a compiler leaves its graph, it would find this one by that name.
         own: Any = getattr(type(self.model), "forward_features")  # noqa: B009
