@@ -43,21 +43,21 @@ INLINE void N(subtract)(T *restrict y, const T *restrict x, T c, ptrdiff_t n)
         y[i] -= c * x[i];
 }
 
-/* The largest |x|; NaN if there is one. */
-INLINE T N(largest)(const T *x, ptrdiff_t n)
+/* The largest |f - z|; NaN if there is one. */
+INLINE T N(largest)(const T *f, const T *z, ptrdiff_t n)
 {
     T lane[LANES] = {0}, none = 0;
     ptrdiff_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int j = 0; j < LANES; j++) {
-            const T size = FABS(x[i + j]);
+            const T size = FABS(f[i + j] - z[i + j]);
             lane[j] = size > lane[j] ? size : lane[j];
-            none += x[i + j] != x[i + j];
+            none += size != size;
         }
     for (int j = 0; i < n; i++, j++) {
-        const T size = FABS(x[i]);
+        const T size = FABS(f[i] - z[i]);
         lane[j] = size > lane[j] ? size : lane[j];
-        none += x[i] != x[i];
+        none += size != size;
     }
     for (int j = 1; j < LANES; j++)
         lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
@@ -69,8 +69,9 @@ INLINE T N(norm)(const T *x, ptrdiff_t n)
     return n == 1 ? FABS(*x) : SQRT((T)N(dot)(x, x, n)); /* as torch, which squares no single number */
 }
 
-/* A row's residual r = f - z, ||r|| and ||f||. */
-INLINE void N(residual)(const T *restrict f, const T *restrict z, T *restrict r, ptrdiff_t n, T *change, T *size)
+/* A row's residual r = f - z, which is written if it is to be kept, ||r|| and ||f||. */
+INLINE void N(residual)(const T *restrict f, const T *restrict z, T *restrict r, int keep, ptrdiff_t n, T *change,
+                        T *size)
 {
     double rr = 0, ff = 0;
     for (ptrdiff_t from = 0; from < n; from += BLOCK) {
@@ -80,35 +81,37 @@ INLINE void N(residual)(const T *restrict f, const T *restrict z, T *restrict r,
         for (; i + LANES <= to; i += LANES)
             for (int j = 0; j < LANES; j++) {
                 const T d = f[i + j] - z[i + j];
-                r[i + j] = d;
+                if (keep)
+                    r[i + j] = d;
                 lane_r[j] += d * d;
                 lane_f[j] += f[i + j] * f[i + j];
             }
         for (int j = 0; i < to; i++, j++) {
             const T d = f[i] - z[i];
-            r[i] = d;
+            if (keep)
+                r[i] = d;
             lane_r[j] += d * d;
             lane_f[j] += f[i] * f[i];
         }
         rr += N(folded)(lane_r);
         ff += N(folded)(lane_f);
     }
-    *change = n == 1 ? FABS(*r) : SQRT((T)rr);
+    *change = n == 1 ? FABS(*f - *z) : SQRT((T)rr);
     *size = n == 1 ? FABS(*f) : SQRT((T)ff);
 }
 
-/* The same of the part of a row that is farthest from rest, relative to its own size; all of r is written. */
-INLINE void N(worst)(const T *f, const T *z, T *r, ptrdiff_t n, const int64_t *parts, int count, int largest, T floor,
-                     T *change, T *size)
+/* The same of the part of a row that is farthest from rest, relative to its own size; all of r is written, or none. */
+INLINE void N(worst)(const T *f, const T *z, T *r, int keep, ptrdiff_t n, const int64_t *parts, int count, int largest,
+                     T floor, T *change, T *size)
 {
     T worst = -1;
     *change = *size = 0;
     for (int part = 0; part < (count ? count : 1); part++) {
         const ptrdiff_t width = count ? (ptrdiff_t)parts[part] : n;
         T c, s;
-        N(residual)(f, z, r, width, &c, &s);
+        N(residual)(f, z, r, keep, width, &c, &s);
         if (largest) {
-            c = N(largest)(r, width);
+            c = N(largest)(f, z, width);
             s /= SQRT((T)width);
         }
         const T ratio = c / (s + floor);
@@ -119,7 +122,8 @@ INLINE void N(worst)(const T *f, const T *z, T *r, ptrdiff_t n, const int64_t *p
         }
         f += width;
         z += width;
-        r += width;
+        if (keep)
+            r += width;
     }
 }
 
@@ -136,8 +140,8 @@ CLONES static Ended N(look)(ptrdiff_t from, ptrdiff_t to, const void *given)
         T *r = (T *)job->r + row * n, *marks = (T *)job->marks + row * MARKS;
         T *limit = marks, *earlier = marks + 1, *over = marks + 2, *scale = marks + 3;
         T change, size;
-        N(worst)((const T *)job->f + row * n, (const T *)job->z + row * n, r, n, job->parts, job->count, job->largest,
-                 floor, &change, &size);
+        N(worst)((const T *)job->f + row * n, (const T *)job->z + row * n, r, 1, n, job->parts, job->count,
+                 job->largest, floor, &change, &size);
         const T bound = job->rule == SCALED ? tol * *scale : job->rule == RELATIVE ? tol * (size + floor) : tol;
         if (job->measured) {
             ((T *)job->measured)[row] = change;
@@ -185,38 +189,12 @@ CLONES static Ended N(look)(ptrdiff_t from, ptrdiff_t to, const void *given)
     return ended;
 }
 
-/* ||f - z|| and ||f||, where nobody needs f - z. */
-INLINE void N(apart)(const T *restrict f, const T *restrict z, ptrdiff_t n, T *change, T *size)
-{
-    double rr = 0, ff = 0;
-    for (ptrdiff_t from = 0; from < n; from += BLOCK) {
-        const ptrdiff_t to = from + BLOCK < n ? from + BLOCK : n;
-        T lane_r[LANES] = {0}, lane_f[LANES] = {0};
-        ptrdiff_t i = from;
-        for (; i + LANES <= to; i += LANES)
-            for (int j = 0; j < LANES; j++) {
-                const T d = f[i + j] - z[i + j];
-                lane_r[j] += d * d;
-                lane_f[j] += f[i + j] * f[i + j];
-            }
-        for (int j = 0; i < to; i++, j++) {
-            lane_r[j] += (f[i] - z[i]) * (f[i] - z[i]);
-            lane_f[j] += f[i] * f[i];
-        }
-        rr += N(folded)(lane_r);
-        ff += N(folded)(lane_f);
-    }
-    *change = SQRT((T)rr);
-    *size = SQRT((T)ff);
-}
-
 /* Of rows from..to those whose worst part is farther apart than `slack` times the rule's bound and `rounding` times
  * its size, or has no distance (NaN). */
 CLONES static Ended N(moving)(ptrdiff_t from, ptrdiff_t to, const void *given)
 {
     const Moving *job = given;
     const ptrdiff_t n = job->width;
-    const int64_t whole = n, *widths = job->count ? job->parts : &whole;
     const T floor = (T)job->floor, slack = (T)(job->slack * job->tol), rounding = (T)job->rounding;
     Ended found = {0, 0};
     for (ptrdiff_t row = from; row < to; row++) {
@@ -224,28 +202,8 @@ CLONES static Ended N(moving)(ptrdiff_t from, ptrdiff_t to, const void *given)
             continue;
         const T *f = (const T *)job->f + (job->places ? (ptrdiff_t)job->places[row] : row) * n;
         const T *z = (const T *)job->z + row * n;
-        T worst = -1, change = 0, size = 0;
-        for (int part = 0; part < (job->count ? job->count : 1); part++) {
-            const ptrdiff_t width = (ptrdiff_t)widths[part];
-            T c, s;
-            N(apart)(f, z, width, &c, &s);
-            if (job->largest) {
-                c = 0;
-                for (ptrdiff_t i = 0; i < width; i++) {
-                    const T d = FABS(f[i] - z[i]);
-                    c = d > c || d != d ? d : c;
-                }
-                s /= SQRT((T)width);
-            }
-            const T ratio = c / (s + floor);
-            if (ratio > worst || (ratio != ratio && worst == worst)) {
-                worst = ratio;
-                change = c;
-                size = s;
-            }
-            f += width;
-            z += width;
-        }
+        T change, size;
+        N(worst)(f, z, NULL, 0, n, job->parts, job->count, job->largest, floor, &change, &size);
         found.rows += !(change <= slack * (job->relative ? size + floor : 1) + rounding * size);
     }
     return found;
