@@ -508,6 +508,45 @@ def test_an_error_in_a_shared_evaluation():
     assert_same(list(tw.stream(model, batches, 4)), expected)
 
 
+class Writing(nn.Module):
+    """``z = 0.9 z + x``, computed where it must not be."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.buffer = where, torch.empty(4, 3)
+
+    def forward(self, x):
+        def f(z, x):
+            if self.where == "state":
+                return z.mul_(0.9).add_(x)
+            if self.where == "context":
+                return x.add_(z, alpha=0.9)
+            return torch.add(x, z, alpha=0.9, out=self.buffer)
+
+        return tw.fix(f, torch.zeros_like(x), x, solver="picard").value
+
+
+@pytest.mark.parametrize("where", ["state", "context", "one buffer"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_maps_that_write_where_they_must_not_are_refused_as_in_batches(where, mode):
+    if where == "context" and mode is torch.inference_mode:
+        pytest.skip("tensors of inference mode do not tell that they were written to")
+    model, batches = Writing(where).eval(), list(torch.randn(12, 3).split(4))
+    with mode(), pytest.raises(tw.MapError, match="f writes to"):
+        model(batches[0])
+    with mode(), pytest.raises(tw.MapError, match="f writes to"):
+        list(tw.stream(model, batches))
+
+
+def test_a_map_that_leaves_the_device_is_refused_as_in_batches():
+    class Leaving(nn.Module):
+        def forward(self, x):
+            return tw.fix(lambda z, x: (0.5 * z + x).to("meta"), torch.zeros_like(x), x).value
+
+    with pytest.raises(tw.MapError, match="on the device of z0"):
+        list(tw.stream(Leaving().eval(), torch.randn(3, 4, 3)))
+
+
 def test_early_ends_leave_no_thread_and_a_model_that_works():
     model, batches = resnet(wormholes=["layer1->layer1", "layer3->layer2"]), images(24, 4, side=16)
     expected, _ = one_by_one(model, batches)

@@ -8,13 +8,16 @@ environment, or :func:`disabled`, makes them do so.
 """
 
 from .gate import glance
-from .rows import SLOTS, Anderson, Codes, Rows, Rule, moving, same, shrunk, spread, widths
+from .guests import Guests
+from .looks import Codes, Rule, widths
+from .rows import SLOTS, Anderson, Rows, moving, same, shrunk, spread
 from .switch import available, describe, disabled, reads, takes
 
 __all__ = [
     "SLOTS",
     "Anderson",
     "Codes",
+    "Guests",
     "Rows",
     "Rule",
     "available",

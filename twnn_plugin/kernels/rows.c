@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 7 /* of the arguments; another one in kernels/switch.py means that this was built before it */
+#define VERSION 8 /* of the arguments; another one in kernels/switch.py means that this was built before it */
 #define MARKS 4   /* of a row */
 #define SLOTS 64  /* of a history at most, as in kernels/rows.py */
 
@@ -324,6 +324,75 @@ static PyObject *begin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
     Py_RETURN_NONE;
 }
 
+/* A list of whole numbers; NULL with an error set. */
+static PyObject *list_of(Given *given)
+{
+    PyObject *list = *given->next++;
+    if (PyList_Check(list))
+        return list;
+    PyErr_SetString(PyExc_TypeError, "a list of whole numbers is wanted");
+    return NULL;
+}
+
+/* Rows come one by one: they go on, their evaluations count from now, and what becomes of them is to be written to
+ * the places in the second list. */
+static PyObject *enter(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 6))
+        return NULL;
+    Given given = {args};
+    unsigned char *alive = address(&given);
+    int64_t *born = address(&given), *places = address(&given);
+    const int64_t now = whole(&given);
+    PyObject *rows = list_of(&given), *to = rows ? list_of(&given) : NULL;
+    if (!to || PyErr_Occurred())
+        return NULL;
+    if (!counted(PyList_Size(to), PyList_Size(rows)))
+        return NULL;
+    for (Py_ssize_t at = 0; at < PyList_Size(rows); at++) {
+        const ptrdiff_t row = PyLong_AsSsize_t(PyList_GetItem(rows, at));
+        const int64_t place = PyLong_AsLongLong(PyList_GetItem(to, at));
+        if (PyErr_Occurred())
+            return NULL;
+        alive[row] = GOING;
+        born[row] = now;
+        places[row] = place;
+    }
+    Py_RETURN_NONE;
+}
+
+/* The rows that finished in the last look, as a list; their values to their places among all, of rows that ran out of
+ * evaluations or broke the newest. */
+static PyObject *leave(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 10))
+        return NULL;
+    Given given = {args};
+    const ptrdiff_t rows = whole(&given);
+    const size_t width = (size_t)whole(&given); /* bytes of a row */
+    const char *f = address(&given), *z = address(&given);
+    unsigned char *alive = address(&given);
+    const int64_t *places = address(&given), *status = address(&given);
+    char *values = address(&given);
+    const int64_t max_iter = whole(&given), non_finite = whole(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    PyObject *left = PyList_New(0);
+    for (ptrdiff_t row = 0; left && row < rows; row++) {
+        if (alive[row] != LEAVING)
+            continue;
+        PyObject *number = PyLong_FromSsize_t(row);
+        if (!number || PyList_Append(left, number) < 0)
+            Py_CLEAR(left);
+        Py_XDECREF(number);
+        const int64_t place = places[row];
+        const int newest = status[place] == max_iter || status[place] == non_finite;
+        memcpy(values + (size_t)place * width, (newest ? f : z) + (size_t)row * width, width);
+        alive[row] = GONE;
+    }
+    return left;
+}
+
 /* The rows that go on, moved to the front of their arrays; where they were goes to `kept`. */
 static PyObject *compact(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
@@ -457,6 +526,8 @@ static PyMethodDef methods[] = {
     {"store", (PyCFunction)(void (*)(void))store, METH_FASTCALL, NULL},
     {"spread", (PyCFunction)(void (*)(void))spread, METH_FASTCALL, NULL},
     {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, NULL},
+    {"enter", (PyCFunction)(void (*)(void))enter, METH_FASTCALL, NULL},
+    {"leave", (PyCFunction)(void (*)(void))leave, METH_FASTCALL, NULL},
     {"compact", (PyCFunction)(void (*)(void))compact, METH_FASTCALL, NULL},
     {"shrink", (PyCFunction)(void (*)(void))shrink, METH_FASTCALL, NULL},
     {"anderson_settings", (PyCFunction)(void (*)(void))anderson_settings, METH_FASTCALL, NULL},

@@ -2,63 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .looks import Codes, Looks, Rule, widths
 from .switch import library, threads
 
-__all__ = ["SLOTS", "Anderson", "Codes", "Rows", "Rule", "moving", "same", "shrunk", "spread", "widths"]
+__all__ = ["SLOTS", "Anderson", "Rows", "moving", "same", "shrunk", "spread"]
 
-_ABSOLUTE, _RELATIVE, _SCALED = range(3)  # as in rows.c
-_MARKS, _LEAVING = 4, 2
 SLOTS = 64
 """The longest history of :class:`Anderson`."""
 
 
-class Rule(NamedTuple):
-    """When a row is finished.
-
-    Attributes:
-        tol: the tolerance.
-        relative: whether it is relative to the size of the state, plus ``floor``.
-        largest: whether the change is the largest entry of the residual, against the rms of the state,
-            instead of the Euclidean norms of both.
-        most: evaluations of a row.
-        floor: see ``relative``.
-        growth: the change that counts as divergence, in units of the first change and size.
-        still: a change below this share of the state cannot be told from rounding.
-        patience: evaluations between looks for stagnation.
-        parts: widths of parts of the state to measure apart, of which the one that is farthest from rest
-            counts; () for the whole.
-    """
-
-    tol: float
-    relative: bool
-    largest: bool
-    most: int
-    floor: float
-    growth: float
-    still: float
-    patience: int
-    parts: tuple[int, ...] = ()
-
-
-class Codes(NamedTuple):
-    """Numbers that stand for the ways in which a row ends."""
-
-    converged: int
-    max_iter: int
-    diverged: int
-    non_finite: int
-    stagnated: int
-
-
-class Rows:
+class Rows(Looks):
     """What is known of every row of a batch, and what was written down of the finished ones.
 
     Args:
@@ -66,84 +24,14 @@ class Rows:
         rule: when a row is finished.
         codes: what to write down.
         scale: (B,) what the tolerance is relative to instead; or None.
-
-    Attributes:
-        now: looks so far.
-        status: (B,) int64.
-        steps: (B,) int64.
-        residual: (B,).
     """
 
     def __init__(self, z: Tensor, rule: Rule, codes: Codes, scale: Tensor | None = None):
         batch = z.shape[0]
-        self.rule, self.codes, self.now = rule, codes, 0
-        self._parts = widths(rule.parts)
-        self._stop = _SCALED if scale is not None else _RELATIVE if rule.relative else _ABSOLUTE
-        self._wide, self._width = z.dtype is torch.float64, z.shape[1]
-        # The limit, the earlier change, whether the last one was over the limit, and the scale.
-        self._marks = z.new_empty((batch, _MARKS))
-        if scale is not None:
-            self._marks[:, 3] = scale
-        self._here = batch  # rows that are present, the first of each array
-        self._going = z.new_empty(batch, dtype=torch.uint8)
-        self._born, self._places, self.status, self.steps = z.new_empty(
-            (4, batch), dtype=torch.int64
-        ).unbind()
-        self.residual = z.new_empty(batch)
-        self._tiny = torch.finfo(z.dtype).tiny
-        self._find()
+        super().__init__(z, rule, codes, batch, scale)
+        self._here = batch
         assert library is not None
         library.begin(batch, *self._addresses[1:4])
-
-    def _find(self) -> None:
-        """Tell the kernels where the arrays are, once for many looks."""
-        assert library is not None
-        arrays = (self._marks, self._going, self._born, self._places, self.status, self.steps, self.residual)
-        self._addresses = tuple(array.data_ptr() for array in arrays)
-        rule = self.rule
-        self._job = library.look_settings(
-            self._wide,
-            self._width,
-            *self._addresses,
-            rule.tol,
-            rule.floor,
-            rule.growth,
-            rule.still,
-            self._tiny,
-            self._stop,
-            rule.largest,
-            rule.patience,
-            rule.most,
-            *self.codes,
-            self._parts.buffer_info()[0],
-            len(rule.parts),
-        )
-
-    def look(self, z: Tensor, fz: Tensor, r: Tensor, measured: Tensor | None = None) -> tuple[int, int]:
-        """Measure the present rows after an evaluation, and write down those that are finished.
-
-        Args:
-            z: (b, D) the iterates, as ``same`` makes them.
-            fz: (b, D) ``f(z)``, so too.
-            r: (b, D) to be written: ``f(z) - z``.
-            measured: (3, b) to be written: change, size and bound; or None.
-
-        Returns:
-            How many rows finished, and those among them whose value is the newest f(z): they ran out of
-            evaluations or broke.
-        """
-        assert library is not None
-        self.now += 1
-        return library.look(
-            self._job,
-            threads(z),
-            self.now,
-            len(z),
-            fz.data_ptr(),
-            z.data_ptr(),
-            r.data_ptr(),
-            0 if measured is None else measured.data_ptr(),
-        )
 
     def store(self, z: Tensor, fz: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The values, (count, D), of the rows that finished in the last look, and their places, (count,)."""
@@ -166,7 +54,7 @@ class Rows:
         return value, stored
 
     def compact(self, unfinished: int) -> Tensor:
-        """Drop the finished rows of a batch that all came at once; (b,) the others' places, ascending."""
+        """Drop the finished rows; (b,) the others' places, ascending."""
         assert library is not None
         kept = self._places.new_empty(unfinished)
         marks, going, _, places, *_ = self._addresses
@@ -186,47 +74,6 @@ class Rows:
     def places(self) -> Tensor:
         """(b,) of the rows that are present in the batch."""
         return self._places[: self._here]
-
-    # Rows that come and go one by one: everything is known of those that are present, at their places.
-
-    def extend(self, count: int) -> None:
-        """Let ``count`` rows in after the others."""
-        here = self._here
-        places = torch.arange(here + count, device=self._going.device)
-        # What is copied for the new rows is nothing that is read of them.
-        self._gather(places.clamp_max(here - 1) if here else None, here + count)
-        self.renew(places[here:])
-
-    def renew(self, index: Tensor) -> None:
-        """Let rows in, in the (n,) places of others."""
-        self._going.index_fill_(0, index, 1)
-        self._born.index_fill_(0, index, self.now)
-
-    def keep(self, index: Tensor) -> None:
-        """Go on with the rows in these (n,) places alone."""
-        self._gather(index, len(index))
-
-    def take_finished(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Places, status and steps, (n,) each, of the rows that finished in the last look; they make room."""
-        index = torch.nonzero(self._going == _LEAVING).flatten()
-        self._going.bitwise_and_(1)
-        return index, self.status.index_select(0, index), self.steps.index_select(0, index)
-
-    def _gather(self, index: Tensor | None, count: int) -> None:
-        """The arrays for ``count`` rows, with what is known of those in the places ``index``."""
-        names = ("_marks", "_going", "_born", "status", "steps", "residual")
-        for name in names:
-            old = getattr(self, name)
-            new = old.new_empty((count, *old.shape[1:])) if index is None else old.index_select(0, index)
-            setattr(self, name, new)
-        self._here, self._places = count, torch.arange(count, device=self._going.device)
-        self._find()
-
-
-@functools.lru_cache(maxsize=64)
-def widths(parts: tuple[int, ...]) -> array[int]:
-    """The widths of parts as the kernels read them. No tensor: it would be taken for one that ``f`` uses."""
-    return array("q", parts)
 
 
 def same(x: Tensor, z: Tensor) -> Tensor:

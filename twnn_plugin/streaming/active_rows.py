@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .request import Done
+from ..solvers.base import Outcome
+from .request import Owner, Request
 
 __all__ = ["ActiveRows", "Evaluate", "Following"]
 
@@ -26,28 +27,34 @@ class ActiveRows(ABC):
         """(b, D) the iterates."""
 
     @abstractmethod
-    def extend(self, z: Tensor) -> None:
-        """Let rows in, after the others: (n, D) their starting states."""
+    def extend(self, z: Tensor, owners: Sequence[Owner]) -> None:
+        """Let rows in, after the others: (n, D) their starting states, and whose they are."""
 
     @abstractmethod
-    def replace(self, places: Sequence[int], index: Tensor, z: Tensor) -> None:
+    def replace(self, places: Sequence[int], index: Tensor, z: Tensor, owners: Sequence[Owner]) -> None:
         """Let rows in, in the places of others, which are given as numbers and as a tensor (n,)."""
 
     @abstractmethod
     def keep(self, places: Sequence[int], index: Tensor) -> None:
-        """Go on with the rows in these places alone."""
+        """Go on with the rows in these places alone, which ascend."""
 
     @abstractmethod
     def advance(
-        self, evaluate: Evaluate, following: Following, waited_for: Sequence[bool]
-    ) -> tuple[Done | None, list[int]]:
+        self, evaluate: Evaluate, following: Following, seats: Sequence[Owner | None], open_rows: int
+    ) -> tuple[list[int], list[int]]:
         """Evaluate the rows up to the next look at them.
 
         Args:
             evaluate: the function.
             following: the solver's step.
-            waited_for: for each place whether anybody waits for its row.
+            seats: whose the row in each place is; None: it is done, and nobody waits for it.
+            open_rows: how many somebody waits for.
 
         Returns:
-            The rows that are done now, and for each evaluation the rows in it that were not.
+            The places of rows that are done now, ascending, and for each evaluation the rows in it that
+            were not.
         """
+
+    @abstractmethod
+    def outcome(self, request: Request) -> Outcome:
+        """What came of a request, all of whose rows are done; to be asked once."""

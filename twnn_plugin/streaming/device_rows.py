@@ -14,13 +14,14 @@ from ..solvers.book import GROWTH, PATIENCE, stagnated
 from ..solvers.measure import Threshold, measure
 from ..solvers.memory import device_only
 from ..trees import take
-from .active_rows import ActiveRows, Evaluate, Following
-from .request import Done, Facts, ending
+from .active_rows import Evaluate, Following
+from .pieces import Done, Facts, Pieces, ending
+from .request import Owner
 
 __all__ = ["DeviceRows"]
 
 
-class DeviceRows(ActiveRows):
+class DeviceRows(Pieces):
     """The b rows in the active batch; a row that is done stands still.
 
     Args:
@@ -30,7 +31,8 @@ class DeviceRows(ActiveRows):
     """
 
     def __init__(self, z: Tensor, control: Control, every: int):
-        self._control, self._threshold, self._every = control, Threshold(control, z), every
+        super().__init__(control)
+        self._threshold, self._every = Threshold(control, z), every
         self._rows = _Rows.new(z[:0])
 
     @property
@@ -39,11 +41,11 @@ class DeviceRows(ActiveRows):
 
     # Who is here.
 
-    def extend(self, z: Tensor) -> None:
+    def extend(self, z: Tensor, owners: Sequence[Owner]) -> None:
         pairs = zip(self._rows, _Rows.new(z), strict=True)
         self._rows = _Rows(*(torch.cat(pair) for pair in pairs))
 
-    def replace(self, places: Sequence[int], index: Tensor, z: Tensor) -> None:
+    def replace(self, places: Sequence[int], index: Tensor, z: Tensor, owners: Sequence[Owner]) -> None:
         pairs = zip(self._rows, _Rows.new(z), strict=True)
         self._rows = _Rows(*(old.index_copy(0, index, new) for old, new in pairs))
 
@@ -52,8 +54,8 @@ class DeviceRows(ActiveRows):
 
     # A few evaluations.
 
-    def advance(
-        self, evaluate: Evaluate, following: Following, waited_for: Sequence[bool]
+    def evaluated(
+        self, evaluate: Evaluate, following: Following, seats: Sequence[Owner | None]
     ) -> tuple[Done | None, list[int]]:
         fill = []
         with device_only():
@@ -68,7 +70,7 @@ class DeviceRows(ActiveRows):
         alive = self._rows.alive
         seen = torch.cat([torch.stack(fill), alive.long()]).tolist()  # the one look
         goes = seen[len(fill) :]
-        places = ending(waited_for, goes)
+        places = ending(seats, goes)
         if not places:
             return None, seen[: len(fill)]
         index = torch.tensor(places, dtype=torch.long, device=alive.device)

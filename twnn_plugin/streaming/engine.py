@@ -64,7 +64,8 @@ class _Halting:
         request = Request(solver, problem, z, control, Modes.present(), self.work.number)
         self.work.request = request
         self.work.lane.halt()
-        return request.outcome()
+        assert request.outcome is not None
+        return request.outcome
 
 
 class Engine:
@@ -152,19 +153,22 @@ class Engine:
 
     def _advance(self) -> None:
         """Begin a pass, or evaluate an active batch and go on with the passes that this completes."""
-        pool = max(self._pools, key=_priority, default=None)
+        pool = max(self._pools, key=_priority) if len(self._pools) > 1 else next(iter(self._pools), None)
         full = pool is not None and pool.active + pool.waiting >= pool.capacity
-        if not full and not self._exhausted and len(self._line) < self.in_flight:
+        more = not self._exhausted and len(self._line) < self.in_flight
+        if more and not full:
             self._begin()
             return
         assert pool is not None
-        before = pool.rows_evaluated
-        complete, fill = pool.advance()
-        self.report.evaluations += len(fill)
-        self.report.rows += pool.rows_evaluated - before
-        self.report.alive += sum(fill)
-        if self.keep_records:
-            self.report.fill += fill
+        before, fill = pool.rows_evaluated, list[int]()
+        try:
+            complete = pool.advance(fill, until_any=more or len(self._pools) > 1)
+        finally:
+            self.report.evaluations += len(fill)
+            self.report.rows += pool.rows_evaluated - before
+            self.report.alive += sum(fill)
+            if self.keep_records:
+                self.report.fill += fill
         if not pool.active and not pool.waiting:
             self._pools.remove(pool)
         for request in complete:

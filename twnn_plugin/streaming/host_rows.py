@@ -11,13 +11,14 @@ from torch import Tensor
 from ..solvers.base import Control
 from ..solvers.book import GROWTH, PATIENCE, stagnated
 from ..solvers.measure import Threshold, measure
-from .active_rows import ActiveRows, Evaluate, Following
-from .request import Done, Facts, ending
+from .active_rows import Evaluate, Following
+from .pieces import Done, Facts, Pieces, ending
+from .request import Owner
 
 __all__ = ["HostRows"]
 
 
-class HostRows(ActiveRows):
+class HostRows(Pieces):
     """The b rows in the active batch, and the rules of :class:`~twnn_plugin.solvers.book.Book` for each.
 
     The host knows the age of every row, so that rules which few rows are due for cost nothing elsewhere. What
@@ -29,8 +30,8 @@ class HostRows(ActiveRows):
     """
 
     def __init__(self, z: Tensor, control: Control):
-        self._z = z[:0]
-        self._control, self._threshold = control, Threshold(control, z)
+        super().__init__(control)
+        self._z, self._threshold = z[:0], Threshold(control, z)
         self._now = 0  # evaluations so far
         self._born: list[int] = []  # of each row: how many there had been when it joined
         self._fresh: list[int] = []  # places of rows that were never looked at
@@ -44,7 +45,7 @@ class HostRows(ActiveRows):
 
     # Who is here.
 
-    def extend(self, z: Tensor) -> None:
+    def extend(self, z: Tensor, owners: Sequence[Owner]) -> None:
         count = len(z)
         self._fresh += range(len(self._born), len(self._born) + count)
         self._born += [self._now] * count
@@ -54,7 +55,7 @@ class HostRows(ActiveRows):
         if self._over is not None:
             self._over = torch.cat([self._over, self._over.new_zeros(count)])
 
-    def replace(self, places: Sequence[int], index: Tensor, z: Tensor) -> None:
+    def replace(self, places: Sequence[int], index: Tensor, z: Tensor, owners: Sequence[Owner]) -> None:
         self._fresh += places
         for place in places:
             self._born[place] = self._now
@@ -75,18 +76,18 @@ class HostRows(ActiveRows):
 
     # One evaluation.
 
-    def advance(
-        self, evaluate: Evaluate, following: Following, waited_for: Sequence[bool]
+    def evaluated(
+        self, evaluate: Evaluate, following: Following, seats: Sequence[Owner | None]
     ) -> tuple[Done | None, list[int]]:
-        z, open_rows = self._z, sum(waited_for)
+        z, open_rows = self._z, sum(owner is not None for owner in seats)
         fz = evaluate(z)
         r = fz - z
-        done = self._done(z, fz, r, waited_for)
+        done = self._done(z, fz, r, seats)
         if done is None or len(done.places) < open_rows:
             self._z = following(z, fz, r)
         return done, [open_rows]
 
-    def _done(self, z: Tensor, fz: Tensor, r: Tensor, waited_for: Sequence[bool]) -> Done | None:
+    def _done(self, z: Tensor, fz: Tensor, r: Tensor, seats: Sequence[Owner | None]) -> Done | None:
         control = self._control
         self._now += 1
         if control.seen is not None:
@@ -99,7 +100,7 @@ class HostRows(ActiveRows):
         spent = [place for place, born in enumerate(self._born) if born <= oldest and goes[place]]
         for place in spent:
             goes[place] = False
-        places = ending(waited_for, goes)
+        places = ending(seats, goes)
         if not places:
             return None
         index = torch.tensor(places, device=z.device)

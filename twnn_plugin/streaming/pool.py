@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..adjoints.equation import Equation
+from ..solvers.base import check_place
 from ..solvers.book_rows import fits
 from .active_rows import ActiveRows
 from .device_rows import DeviceRows
 from .host_rows import HostRows
 from .kernel_rows import KernelRows
 from .methods import Cohorts, Method, Renewing
-from .request import Done, Request
+from .request import Owner, Request
 from .sameness import same
 
 __all__ = ["Pool"]
@@ -46,10 +47,12 @@ class Pool:
         self.rows_evaluated = self.active = 0
         self.lonely = True
         self.solver, self.control, self.modes = first.solver, first.control, first.modes
-        self._equation, self._like = first.equation, _spec(first)
+        self._like = _spec(first)
         self._waiting: deque[Request] = deque()
-        self._places: list[tuple[Request, int] | None] = []  # whose row it is; None: done and delivered
-        self._context = tuple(c[:0] for c in first.equation.context)
+        self._places: list[Owner | None] = []  # whose row it is; None: done and delivered
+        # Of the rows that are here. Its first evaluations show whether f writes where it must not.
+        given = first.equation
+        self._equation = Equation(given.f, given.layout, [c[:0] for c in given.context], 0)
         at_hand = first.z.device.type == "cpu"  # looks at numbers cost little
         every = self.control.check_every or (1 if at_hand else _EVERY)
         solver = self.solver
@@ -57,7 +60,7 @@ class Pool:
         with self.modes.entered():
             compiled = every == 1 and fits(first.z, self.control)
         if compiled:
-            self._rows, solver = KernelRows(first.z, self.control), solver.compiled()
+            self._rows, solver = KernelRows(first.z, self.control, capacity), solver.compiled()
         elif at_hand and every == 1:
             self._rows = HostRows(first.z, self.control)
         else:
@@ -78,7 +81,7 @@ class Pool:
     def add(self, request: Request) -> None:
         """Let a request's rows wait for places."""
         self._waiting.append(request)
-        self._equation = request.equation  # the newest, so that no old pass is kept alive
+        self._equation.f = request.equation.f  # the newest, so that no old pass is kept alive
 
     @property
     def waiting(self) -> int:
@@ -91,50 +94,58 @@ class Pool:
         here = [place[0].number for place in self._places if place is not None]
         return min([*here, *(request.number for request in self._waiting)])
 
-    def advance(self) -> tuple[list[Request], list[int]]:
-        """Evaluate the active batch, up to the next look at it.
+    def advance(self, fill: list[int], until_any: bool) -> list[Request]:
+        """Evaluate the active batch until a request is complete.
+
+        Args:
+            fill: gets, for each evaluation, the rows in it that were not done.
+            until_any: whether to come back with the first rows that are done, since another pool, or another
+                pass, might go first then; else as long as none is complete.
 
         Returns:
-            The requests that are complete now, and for each evaluation the rows in it that were not done.
+            The requests that are complete now.
         """
         with self.modes.entered():
-            self._reseat()
-            waited_for = [place is not None for place in self._places]
-            done, fill = self._rows.advance(self._evaluate, self._method.following, waited_for)
-            self.rows_evaluated += len(fill) * len(self._places)
-            return [] if done is None else self._deliver(done), fill
+            while True:
+                self._reseat()
+                places, some = self._rows.advance(
+                    self._evaluate, self._method.following, self._places, self.active
+                )
+                self.rows_evaluated += len(some) * len(self._places)
+                fill += some
+                complete = self._deliver(places)
+                if complete or (places and until_any):
+                    return complete
 
     def _evaluate(self, z: Tensor) -> Tensor:
-        return self._equation.map(z, *self._context)
+        first = self._equation.evaluations == 0
+        fz = self._equation.evaluate(z)
+        if first:
+            check_place(fz, z)
+        return fz
 
     def _evaluate_part(self, z: Tensor, begin: int) -> Tensor:
         """``f`` for the rows from the place ``begin`` on, within a step."""
         self.rows_evaluated += len(z)
         if len(z) == len(self._places):
             return self._evaluate(z)
-        return self._equation.map(z, *(c.narrow(0, begin, len(z)) for c in self._context))
+        return self._equation.map(z, *(c.narrow(0, begin, len(z)) for c in self._equation.context))
 
-    def _deliver(self, done: Done) -> list[Request]:
-        """Hand rows over to their requests; those that are complete."""
-        owners: dict[Request, list[int]] = {}  # the position in ``done`` of each of their rows
-        for position, i in enumerate(done.places):
-            place = self._places[i]
-            assert place is not None
-            owners.setdefault(place[0], []).append(position)
-        rows = [place[1] for place in (self._places[i] for i in done.places) if place is not None]
-        value, facts = done.value, done.facts
-        if len(owners) > 1:  # one request after the other
-            order = [position for positions in owners.values() for position in positions]
-            index = self._index(order)
-            value, facts = value.index_select(0, index), facts.select(index)
-        counts = [len(positions) for positions in owners.values()]
-        pieces = zip(owners.items(), value.split(counts), facts.split(counts), strict=True)
-        for (request, positions), v, f in pieces:
-            request.deliver([rows[position] for position in positions], v, f)
-        for i in done.places:
-            self._places[i] = None
-        self.active -= len(done.places)
-        return [request for request in owners if request.missing == 0]
+    def _deliver(self, places: list[int]) -> list[Request]:
+        """Nobody waits any more for the rows in these places; the requests that are complete."""
+        complete = []
+        for place in places:
+            owner = self._places[place]
+            assert owner is not None
+            request, self._places[place] = owner[0], None
+            request.missing -= 1
+            if not request.missing:
+                complete.append(request)
+        self.active -= len(places)
+        for request in complete:
+            request.outcome = outcome = self._rows.outcome(request)
+            request.equation.evaluations += int(outcome.steps.sum())
+        return complete
 
     # Who is in the batch.
 
@@ -155,17 +166,17 @@ class Pool:
     def _replace(self, method: Renewing) -> None:
         """Let waiting rows take the places of finished ones."""
         free = [i for i, place in enumerate(self._places) if place is None]
+        if not free:
+            return
         owners, z, context = self._next(len(free))
         places = free[: len(owners)]
-        if not places:
-            return
         for i, owner in zip(places, owners, strict=True):
             self._places[i] = owner
         self.active += len(owners)
         index = self._index(places)
-        self._rows.replace(places, index, z)
-        pairs = zip(self._context, context, strict=True)
-        self._context = tuple(old.index_copy(0, index, new) for old, new in pairs)
+        self._rows.replace(places, index, z, owners)
+        pairs = zip(self._equation.context, context, strict=True)
+        self._equation.context = tuple(old.index_copy(0, index, new) for old, new in pairs)
         method.replace(index, self._rows.z)
 
     def _drop(self) -> None:
@@ -174,40 +185,40 @@ class Pool:
         if len(keep) < len(self._places):
             index = self._index(keep)
             self._rows.keep(keep, index)
-            self._context = tuple(c.index_select(0, index) for c in self._context)
+            self._equation.keep(index)
             self._places = [self._places[i] for i in keep]
         self._method.keep(keep, self._index)
 
     def _join(self) -> None:
         """Let waiting rows in after the others."""
-        owners, z, context = self._next(self.capacity - len(self._places))
-        if not owners:
+        free = self.capacity - len(self._places)
+        if not free or not self._waiting:
             return
+        owners, z, context = self._next(free)
         self._places += owners
         self.active += len(owners)
-        self._rows.extend(z)
-        pairs = zip(self._context, context, strict=True)
-        self._context = tuple(torch.cat(pair) for pair in pairs)
+        self._rows.extend(z, owners)
+        pairs = zip(self._equation.context, context, strict=True)
+        self._equation.context = tuple(torch.cat(pair) for pair in pairs)
+        self._equation.size = len(self._places)
         self._method.extend(z, self._rows.z)
 
-    def _next(self, free: int) -> tuple[list[tuple[Request, int]], Tensor, list[Tensor]]:
+    def _next(self, free: int) -> tuple[list[Owner], Tensor, list[Tensor]]:
         """The rows that have waited longest, ``free`` at most: whose they are, their states and context."""
-        owners: list[tuple[Request, int]] = []
-        states: list[Tensor] = []
-        contexts: list[list[Tensor]] = []
+        owners: list[Owner] = []
+        columns: list[list[Tensor]] = [[] for _ in range(1 + len(self._equation.context))]
         while self._waiting and len(owners) < free:
             request = self._waiting[0]
-            begin = request.entered
-            count = min(request.z.shape[0] - begin, free - len(owners))
-            states.append(request.z.narrow(0, begin, count))
-            contexts.append([c.narrow(0, begin, count) for c in request.equation.context])
+            begin, size = request.entered, request.z.shape[0]
+            count = min(size - begin, free - len(owners))
+            for column, whole in zip(columns, (request.z, *request.equation.context), strict=True):
+                column.append(whole if count == size else whole.narrow(0, begin, count))
             owners += [(request, row) for row in range(begin, begin + count)]
             request.entered += count
-            if request.entered == request.z.shape[0]:
+            if request.entered == size:
                 self._waiting.popleft()
-        if not owners:
-            return [], self._rows.z[:0], []
-        return owners, torch.cat(states), [torch.cat(column) for column in zip(*contexts, strict=True)]
+        z, *context = (column[0] if len(column) == 1 else torch.cat(column) for column in columns)
+        return owners, z, context
 
     def _index(self, places: Sequence[int]) -> Tensor:
         return torch.tensor(places, dtype=torch.long, device=self._rows.z.device)
