@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import twnn_plugin as tw
 from benchmarks.harness import Executed
 from twnn_plugin.sequence import LayerOutputs, RecurrentLayer
-from twnn_plugin.solvers.graphs import CudaCapture
 from zoo.models.dynalay_split import stem_multiply_adds
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
@@ -201,43 +200,3 @@ def test_a_stem_may_be_recurrent():
     assert stem_multiply_adds(model, model.first, torch.zeros(5, 3, 8, 8)) == 3 * 8 * 4 * HIDDEN * (
         8 + HIDDEN
     )
-
-
-# What graphs are captured on -----------------------------------------------------------------------
-
-
-class Stream:
-    """A stream of the device that is the current one, which the test sets."""
-
-    current = 0
-
-    def __init__(self) -> None:
-        self.device, self.waited = Stream.current, []
-
-    def wait_stream(self, other: Any) -> None:
-        self.waited.append(other)
-
-
-def test_a_graph_is_captured_on_a_stream_of_the_present_device(monkeypatch):
-    """torch's own stream for captures stays on the device of the process's first capture."""
-    streams: list[Any] = []
-
-    def captured(graph: Any, pool: Any = None, stream: Any = None, **_: Any) -> Any:
-        streams.append(stream)
-        return nullcontext()
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", captured)
-    done = []
-    for device in (0, 1):
-        monkeypatch.setattr(Stream, "current", device)
-        capture = CudaCapture()
-        assert capture.warm_up(lambda: (torch.ones(1),)) == (torch.ones(1),)
-        for _ in range(2):
-            capture.record(lambda: done.append(0))
-    assert [stream and stream.device for stream in streams] == [0, 0, 1, 1]
-    assert streams[0] is streams[1] and len(done) == 4  # one stream for a capture
-    assert all(len(stream.waited) == 1 for stream in streams)  # for what came before the warm-up

@@ -25,9 +25,12 @@ from twnn_plugin.selection import Reward, policy_loss, selection_of
 from zoo.cli import main
 from zoo.config import SEED_MAX, TrainConfig
 from zoo.data import load_data
+from zoo.distributed import pick_device
 from zoo.errors import CheckpointError, ConfigError, DataError
 from zoo.evalrun import _inherit
+from zoo.metrics import LossSums
 from zoo.runlog import METRICS, RunLog, alone
+from zoo.runstate import Progress, RunState, _make_optimizer, take_step
 from zoo.tasks.recipe import recipe_for
 from zoo.train import train
 
@@ -271,3 +274,26 @@ def test_a_language_model_of_no_use_has_an_infinite_perplexity():
 
     result = TrainResult(nn.Identity(), None, {}, 0.0, 0, 1, 1.0, Path("run"))
     assert "perplexity inf" in _told(TrainConfig(model="lstm3", dataset="kjv-small"), result)
+
+
+def test_a_device_without_values_is_refused():
+    with pytest.raises(ConfigError, match="'meta' cannot be used here: its tensors have no values"):
+        pick_device("meta")
+
+
+def test_an_optimizer_whose_package_is_missing_is_named(monkeypatch: pytest.MonkeyPatch):
+    def lacking(*_: Any, **__: Any) -> None:
+        raise AssertionError("APEX and CUDA required for fused optimizers")
+
+    monkeypatch.setattr("timm.optim.create_optimizer_v2", lacking)
+    with pytest.raises(ConfigError, match="'adamw' cannot be made here: APEX and CUDA required"):
+        _make_optimizer(TrainConfig(opt="adamw"), nn.Linear(2, 2), [])
+
+
+def test_an_optimizer_that_needs_second_derivatives_gets_them():
+    model = nn.Linear(3, 1)
+    optimizer = _make_optimizer(TrainConfig(opt="adahessian"), model, [])
+    state = RunState(model, None, optimizer, None, None, LossSums(torch.device("cpu")), Progress(), None)
+    before = model.weight.detach().clone()
+    take_step(state, model(torch.randn(4, 3)).square().mean(), None, "norm", [])
+    assert not torch.equal(model.weight, before)

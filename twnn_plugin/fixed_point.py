@@ -82,8 +82,9 @@ def fix(
             the CPU, 5 on an accelerator. Results do not depend on it; rows are evaluated for at most
             that many steps in vain, and a GPU is not held up at every step.
         cuda_graphs: replay the evaluations between two looks as CUDA graphs. For small states, where the
-            launches of kernels are the time. ``f`` must be capturable: no host synchronisation, no shapes
-            that depend on values; the context is copied into memory of the graph's own.
+            launches of kernels are the time, and solves of many such stretches: the first of each kind and
+            batch size is run as it is, the second captured. ``f`` must be capturable: no host
+            synchronisation, no shapes that depend on values.
         **unknown: no other option exists; any raises, with the nearest name.
 
     Returns:

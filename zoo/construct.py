@@ -117,7 +117,13 @@ def plain_batches(data: AnyData, part: str, batch_size: int, workers: int, here:
     if isinstance(data, TextSplits):
         return TextBatches(data.part(part), batch_size, rank=here.rank, world_size=here.size)
     return Batches(
-        data.part(part), data.spec, batch_size, workers=workers, rank=here.rank, world_size=here.size
+        data.part(part),
+        data.spec,
+        batch_size,
+        workers=workers,
+        rank=here.rank,
+        world_size=here.size,
+        pinned=here.device.type == "cuda",
     )
 
 

@@ -150,7 +150,7 @@ def measure(
     try:
         for images, labels in batches:
             with torch.no_grad(), autocast(device, amp, amp_dtype):
-                logits = model(images.to(device))
+                logits = model(images.to(device, non_blocking=True))
             if labels.dim() == 2:
                 measured = replace(measured, language=True)
             _add_classes(measured.classes, logits, labels)

@@ -80,7 +80,7 @@ class LossSums:
         """Add a batch: scalar losses, logits (B, K), labels (B,) as drawn, before any mixing."""
         count = len(labels)
         correct = (logits.detach().argmax(-1) == labels).sum()
-        values = [loss.detach() * count, auxiliary.detach() * count, correct, torch.tensor(count)]
+        values = [loss.detach() * count, auxiliary.detach() * count, correct, self.sums.new_full((), count)]
         self.sums += torch.stack([value.to(self.sums) for value in values])
 
     def means(self, sums: Tensor) -> dict[str, float]:

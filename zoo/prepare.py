@@ -153,6 +153,7 @@ def train_batches(config: TrainConfig, data: AnyData, here: World) -> AnyBatches
         workers=config.workers,
         rank=here.rank,
         world_size=here.size,
+        pinned=here.device.type == "cuda",
     )
 
 

@@ -171,6 +171,9 @@ def _make_optimizer(
         )
     except ValueError as error:
         raise ConfigError(f"The optimizer {config.opt!r} refuses these settings: {error}.") from None
+    except (AssertionError, ImportError) as error:  # of a package that timm's name stands for
+        reason = str(error) or "what it is made of is not installed"
+        raise ConfigError(f"The optimizer {config.opt!r} cannot be made here: {reason}.") from None
 
 
 def _groups_with(agent: list[nn.Parameter], config: TrainConfig) -> Callable[[nn.Module], list[Any]]:
@@ -202,9 +205,16 @@ def take_step(
     from timm.utils import dispatch_clip_grad
 
     if state.scaler is not None:
-        state.scaler(loss, state.optimizer, clip_grad=clip_grad, clip_mode=clip_mode, parameters=parameters)
+        state.scaler(
+            loss,
+            state.optimizer,
+            clip_grad=clip_grad,
+            clip_mode=clip_mode,
+            parameters=parameters,
+            create_graph=getattr(state.optimizer, "is_second_order", False),
+        )
     else:
-        loss.backward()
+        loss.backward(create_graph=getattr(state.optimizer, "is_second_order", False))
         if clip_grad is not None:
             dispatch_clip_grad(parameters, clip_grad, mode=clip_mode)
         state.optimizer.step()

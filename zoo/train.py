@@ -213,7 +213,8 @@ class _Run:
             self.core.reward = self.selecting.reward if self.selecting.teaches(progress.epoch) else None
         self._clock = time.perf_counter()
         for images, labels in self.batches.epoch(progress.epoch, progress.step_in_epoch):
-            loss = self._update(images.to(self.here.device), labels.to(self.here.device))
+            images, labels = (x.to(self.here.device, non_blocking=True) for x in (images, labels))
+            loss = self._update(images, labels)
             if self.config.log_interval and progress.updates % self.config.log_interval == 0:
                 self._log({"kind": "update", "epoch": progress.epoch, "step": progress.updates, **loss()})
             self.bar.advance(1)

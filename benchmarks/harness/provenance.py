@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -26,6 +27,8 @@ __all__ = ["code_of", "dates_of", "days_of", "inherited", "provenance", "stamp",
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchdeq", "timm", "numpy", "twnn-plugin")
+COMMIT = "TWNN_COMMIT"
+"""The environment variable that names the commit of a copy without a history."""
 STAMPED = ("commit", "dirty", "python", *PACKAGES, "cpu", "gpu", "kernels")
 """What each cell says of itself, beside its date."""
 
@@ -38,7 +41,7 @@ def provenance(settings: Settings, command: str) -> dict[str, Any]:
     return {
         "command": command,
         "date": _now(),
-        "commit": (_git("rev-parse", "HEAD") if ours else "") or "unknown",
+        "commit": (_git("rev-parse", "HEAD") if ours else os.environ.get(COMMIT, "")) or "unknown",
         # Results of this very run must not make the code look changed.
         "dirty": ours and bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "python": sys.version.split()[0],

@@ -74,6 +74,8 @@ def run(
         require_unused(folder)
     done = _finished(folder, benchmark, settings, cells, console) if resume else {}
     torch.set_num_threads(settings.threads)
+    if settings.device == "cuda":  # float32 is to be float32, for everybody alike
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     origin = provenance(settings, command)  # now: the code that runs is the one that is there now
     head = {"benchmark": benchmark.name, "settings": settings.as_json(), "provenance": origin}
     journal = begin_journal(folder, head, done.values())

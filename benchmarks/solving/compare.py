@@ -76,6 +76,11 @@ def compare(
     able = [known[c.name][tol] for c in candidates if c.family == "torchdeq"]
     patience = _SLOW * min((q.seconds for q in able if not q.reason), default=float("inf"))
     patience = max(patience, _CHEAP_S)
+    if bench.device == "cuda":  # who was the first to run loaded its kernels in that time: once more
+        for candidate in candidates:
+            first = known[candidate.name][tol]
+            if not first.reason and first.seconds > patience:
+                known[candidate.name][tol] = bench.quality(candidate, tol)
     chosen = {
         candidate.name: bench.loosest(candidate, tol, target, known[candidate.name], patience)
         for candidate in candidates

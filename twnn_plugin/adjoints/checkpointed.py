@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..solvers import Outcome
 from ..solvers.inplace import CHANGED
+from ..trees import leaves
 from ..types import AdjointReport, State
 from .base import Adjoint
 from .equation import Call
@@ -19,6 +21,13 @@ from .held import Held
 from .unrolled import Unrolled
 
 __all__ = ["Checkpointed"]
+
+
+_OTHER = (
+    "f gave another value when the backward pass of adjoint 'checkpointed' evaluated it again: what it reads "
+    "has changed since. Let it read parameters and buffers of modules, or context; edit them after the "
+    "backward pass; or use adjoint='unrolled'."
+)
 
 
 class _Unchanged:
@@ -38,6 +47,45 @@ class _Unchanged:
         return self._function(*arguments)
 
 
+class _Twice:
+    """One evaluation, which must give the same when it is made again: checkpoint compares shapes alone.
+
+    It does not where ``f`` has come to read other values, from places that :class:`Held` does not know. One
+    of the last evaluations shows that as well as all of them.
+
+    Args:
+        function: what is evaluated.
+        newest: who was evaluated last, and what came out; shared by the evaluations of a solve.
+    """
+
+    def __init__(self, function: Callable[..., State], newest: deque[tuple[object, list[Tensor]]]):
+        self._function, self._newest, self._again = function, newest, False
+        self._mark = object()  # itself would be in a circle with what holds it
+
+    def __call__(self, *arguments: Any) -> State:
+        value = self._function(*arguments)
+        found = [leaf.detach() for leaf in leaves(value)]
+        if not self._again:
+            self._again = True
+            self._newest.append((self._mark, found))
+            return value
+        for who, known in self._newest:
+            if who is self._mark and not all(map(_alike, found, known)):
+                raise RuntimeError(_OTHER)
+        return value
+
+
+def _alike(x: Tensor, known: Tensor) -> bool:
+    """Whether two evaluations differ by rounding alone, or have no distance."""
+    dtype, device = x.dtype, x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = max(dtype, torch.get_autocast_dtype(device), key=lambda one: torch.finfo(one).eps)
+    eps = torch.finfo(dtype).eps
+    bound = 1e3 * eps if eps < 1e-6 else 8 * eps  # kernels may add up in any order
+    norm = torch.linalg.vector_norm
+    return not bool(norm(x - known) > bound * norm(known))
+
+
 @dataclass(frozen=True)
 class Checkpointed(Adjoint):
     """Unrolled, but each evaluation of ``f`` is recomputed in the backward pass.
@@ -52,9 +100,11 @@ class Checkpointed(Adjoint):
         if not torch.is_grad_enabled():
             return call.solve()
         inner = _Unchanged(call.f)  # the backward pass evaluates it again
+        newest: deque[tuple[object, list[Tensor]]] = deque(maxlen=2)  # the last of all may not be used
 
         def recomputed(z: State, *context: Tensor) -> State:
-            return checkpoint(inner, z, *context, use_reentrant=False)  # type: ignore[return-value]
+            with set_checkpoint_early_stop(False):  # to the end, where the values are compared
+                return checkpoint(_Twice(inner, newest), z, *context, use_reentrant=False)  # type: ignore[return-value]
 
         watched = replace(call, f=recomputed)
         outcome = Unrolled().run(watched, reports)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import transforms
 from ..errors import MapError
 from ..solvers import Control, Outcome, Solver, solve
+from ..solvers.precision import TENSOR_FLOAT, cut_short
 from ..state import Layout
 from ..types import State
 
@@ -144,14 +145,7 @@ class _Embedded(Equation):
         return self.map(z)
 
 
-_TF32 = 2.0**-10  # products of float32 numbers keep ten bits where TensorFloat-32 is allowed
-
-
-def _tf32() -> bool:
-    try:
-        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # set through the interface that does not go with this one
-        return True
+_APART = 64.0  # roundings in which the same row may differ between batches
 
 
 @dataclass
@@ -196,12 +190,23 @@ class Call:
 
     def rounding(self) -> float:
         """Relative rounding error of an evaluation, in the widest of the dtypes it goes through."""
-        dtypes = [*self.layout.dtypes, self.layout.dtype]
-        device = self.z0.device.type
+        eps = self._eps()
+        return max(eps, TENSOR_FLOAT) if self._cut_short() else eps
+
+    def apart(self) -> float:
+        """How far, relative to its size, a row may lie from the same row in another batch, by rounding."""
+        most = _APART * self._eps()
+        # Numbers are cut to TensorFloat-32 one by one, alike in whatever batch they are.
+        return max(most, 4 * TENSOR_FLOAT) if self._cut_short() else most
+
+    def _eps(self) -> float:
+        dtypes, device = [*self.layout.dtypes, self.layout.dtype], self.z0.device.type
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))
-        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-        return max(eps, _TF32) if device == "cuda" and torch.float32 in dtypes and _tf32() else eps
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def _cut_short(self) -> bool:
+        return cut_short(self.z0.device, (*self.layout.dtypes, self.layout.dtype))
 
     def solve(self) -> Outcome:
         """Solve for every row that is not settled, in the present grad mode."""
@@ -222,7 +227,7 @@ class Call:
 
         Nor do its rows have one memory among them, as those of a row that ``f`` has expanded.
         """
-        if torch.is_grad_enabled() or transforms.active() or outcome.value.numel() == 0:
+        if transforms.active() or outcome.value.numel() == 0:
             return outcome
         held = outcome.value.untyped_storage().data_ptr()
         shared = any(t.untyped_storage().data_ptr() == held for t in (self.z0, *self.context))

@@ -107,7 +107,6 @@ class _Refuse(torch.autograd.Function):
 
 
 _SLACK = 4.0  # a residual this many times the tolerance is no matter of rounding
-_FLOOR = 64.0  # roundings in which the same row may differ between batches
 
 
 def hooked() -> bool:
@@ -174,7 +173,7 @@ class Tape:
         if self._again is None:
             assert isinstance(self.z, Tensor)
             again = Tape(self._call, self.z.detach(), self._rows, attached=False)
-            same = again.begins_with(self.inputs) and self.gives(again.fz)
+            same = self._agrees(again, None)
             self._hooked, self._again = same, again
         return self._again.pull if self._hooked else self.pull
 
@@ -202,7 +201,7 @@ class Tape:
         shape = self.z.shape
         return lambda u: self.pull(u.new_zeros(shape).index_copy(0, places, u))[places]
 
-    def _agrees(self, some: Tape, places: Tensor) -> bool:
+    def _agrees(self, some: Tape, places: Tensor | None) -> bool:
         """Whether an evaluation of some of the rows is one of the same function."""
         # What f closes over may have been made of leaves, which this graph begins with as well.
         same = some.begins_with(self.inputs) or some.begins_with(list(self._leaves()))
@@ -216,7 +215,7 @@ class Tape:
     @torch.no_grad()
     def gives(self, values: Tensor, places: Tensor | None = None) -> bool:
         """Whether (b, D) values are this tape's to rounding, those of some of its rows or of all."""
-        mine, values, rounding = self.fz.detach(), values.detach(), _FLOOR * self._call.rounding()
+        mine, values, rounding = self.fz.detach(), values.detach(), self._call.apart()
         if kernels.reads(mine, values) and mine.dtype is values.dtype:
             mine, values = kernels.same(mine, mine), kernels.same(values, values)
             return kernels.moving(mine, values, places=places, rounding=rounding) == 0
@@ -311,7 +310,7 @@ def check_rows(call: Call, outcome: Outcome, z: Tensor, fz: Tensor, rows: Tensor
         return outcome
     control = call.control
     change, size = measure(fz - z, fz, control.norm, control.parts)
-    bound = _SLACK * threshold(size, control) + _FLOOR * call.rounding() * size
+    bound = _SLACK * threshold(size, control) + call.apart() * size
     moving = (change > bound) & (status == int(Status.converged))
     if not bool(moving.any()):
         return outcome
@@ -347,7 +346,7 @@ def _at_rest(call: Call, z: Tensor, fz: Tensor, status: Tensor) -> bool:
         tol=control.tol,
         floor=EPS,
         slack=_SLACK,
-        rounding=_FLOOR * call.rounding(),
+        rounding=call.apart(),
         relative=control.stop == "rel",
         largest=control.norm == "max",
         parts=control.parts,
@@ -383,8 +382,10 @@ def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
     if call.settled is not None:  # rows that nobody solved for, and so nobody looked at
         wrong = ~torch.isfinite(outcome.value).all(dim=1)
         broken = wrong if broken is None else broken | wrong
+    if call.control.coupled:  # f is a map of the whole batch: of some rows it is another one
+        broken = None
     tape, rows = _taped(call, outcome.value, broken)
-    if int(Status.diverged) in found:
+    if int(Status.diverged) in found and not call.control.coupled:
         over = ~torch.isfinite(tape.fz.detach()).all(dim=1)  # finite themselves, with values that are not
         if bool(over.any()):
             broken = over if rows is None or broken is None else broken.index_copy(0, rows, over)

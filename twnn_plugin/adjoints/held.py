@@ -18,6 +18,7 @@ __all__ = ["Held", "Reaching"]
 
 _DEPTH = 3  # functions that a function calls, and those that these call
 _ABSENT = object()
+_LOOKED_INTO = (nn.Module, list, tuple, Mapping, types.FunctionType, types.MethodType, functools.partial)
 
 
 class Reaching(ABC):
@@ -92,7 +93,7 @@ class Held:
             self._modules[id(found)] = found
         elif isinstance(found, (list, tuple, Mapping)):
             for item in found.values() if isinstance(found, Mapping) else found:
-                if isinstance(item, (nn.Module, list, tuple)):
+                if isinstance(item, _LOOKED_INTO):
                     self._look(item, depth)
         elif depth and isinstance(found, types.MethodType):
             self._look([found.__self__], depth)
@@ -104,6 +105,7 @@ class Held:
             for variable in _variables(found):
                 self._variables.append(variable)
                 self._look(variable.held, depth - 1)
+            self._look([*(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values()], depth - 1)
         elif depth and isinstance(found, Reaching):
             for item in found.reached():
                 self._look(item, _DEPTH)
@@ -180,7 +182,13 @@ def _variables(function: types.FunctionType) -> Iterator[_Variable]:
 @functools.lru_cache(maxsize=1024)
 def _names(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
     """The names outside of it that a function reads and does not write, and all that it writes."""
-    read, written = set(), set()
+    read: set[str] = set()
+    written: set[str] = set()
+    for inner in code.co_consts:  # functions and comprehensions in it
+        if isinstance(inner, types.CodeType):
+            names, stored = _names(inner)
+            read.update(names)
+            written.update(stored)
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("STORE_DEREF", "STORE_GLOBAL"):
             written.add(instruction.argval)

@@ -19,6 +19,7 @@ from ..solvers.base import is_number
 from ..solvers.linear import LinearSolver
 from ..types import AdjointReport, Status
 from .base import Adjoint
+from .by_parts import solve_by_parts
 from .capture import announce, close, substituted
 from .equation import Call, Equation
 from .graft import Tape, graft
@@ -34,6 +35,7 @@ _CHANGED = (
     "same until the last backward pass; what changes belongs into the context."
 )
 _KEPT = 16  # shapes a warm start remembers a solution of; batches may come in any number of lengths
+_ABSOLUTE = 1e-3  # the loosest tolerance that is taken over from a forward solve with an absolute one
 _DEFAULT = Anderson(start=1)  # acceleration pays from the start where the map is linear
 
 
@@ -53,7 +55,9 @@ class Implicit(Adjoint):
         solver: of the linear equation: the name of a linear solver (``"gcr"``, ``"gmres"``, ``"bicgstab"``,
             ``"neumann"``, ``"auto"``) or of a solver (``"anderson"``, ``"picard"``, ...), or an instance;
             ``None``: ``tw.solver("anderson", start=1)``, which is a truncated Krylov method on a linear map.
-        tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve.
+        tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve, 1e-3 at most
+            where that is absolute. Of a state of several parts each part of the solution meets it, too,
+            relative to itself.
         max_iter: products with the Jacobian per row; ``None``: as many as the forward solve had, but
             at least 20.
         warm_start: start from the last backward solve of this instance with the same shape (one is kept for
@@ -128,7 +132,10 @@ class Implicit(Adjoint):
     def _settings(self, call: Call) -> LinearSettings:
         solver = named(self.solver if self.solver is not None else self.default_solver)
         max_iter = self.max_iter or max(call.control.max_iter, 20)
-        return LinearSettings(solver, self.tol or call.control.tol, max_iter, call.control.coupled)
+        tol = call.control.tol
+        if call.control.stop == "abs":  # a length in the units of the state is no share of a gradient
+            tol = min(tol, _ABSOLUTE)
+        return LinearSettings(solver, self.tol or tol, max_iter, call.control.coupled)
 
     def _method(self, call: Call, settings: LinearSettings, reports: list[AdjointReport]) -> Method:
         return Method(
@@ -152,26 +159,31 @@ class Implicit(Adjoint):
         rows: Tensor | None,
         reports: list[AdjointReport],
     ) -> Tensor:
-        present = torch.arange(z.shape[0], device=z.device) if rows is None else rows
-        places = present if rows is None else torch.arange(rows.numel(), device=z.device)
         units = units_of(z if rows is None else z[rows], call.layout.sizes)
-        kept = units
-
-        def renew(keep: Tensor) -> Callable[[Tensor], Tensor]:
-            nonlocal present, places, kept
-            present, places, kept = present[keep], places[keep], None if kept is None else kept[keep]
-            return in_units(tape.of_rows(places, present), kept)
-
         if units is not None:
             g = units * g
         product = in_units(tape.pull, units)
-        problem = Products(product, g, call.rounding(), renew if call.context else None)
-        live = _live(call, rows)
+
+        def make() -> Products:
+            present = torch.arange(z.shape[0], device=z.device) if rows is None else rows
+            places = present if rows is None else torch.arange(rows.numel(), device=z.device)
+            kept = units
+
+            def renew(keep: Tensor) -> Callable[[Tensor], Tensor]:
+                nonlocal present, places, kept
+                present, places, kept = present[keep], places[keep], None if kept is None else kept[keep]
+                return in_units(tape.of_rows(places, present), kept)
+
+            return Products(product, g, call.rounding(), renew if call.context else None)
+
+        live, evaluations = _live(call, rows), 0
         if live is None:
-            solved = solve_linear(problem, settings, self._guess(g))
+            parts = call.layout.sizes if units is not None else (g.shape[1],)
+            solved, evaluations = solve_by_parts(make, settings, parts, self._guess(g))
         elif live.numel() == 0:
             solved = _nothing_to_solve(g)
         else:  # rows that do not depend on z have u = g
+            problem = make()
             problem.keep(live)
             solved = _nothing_to_solve(g)
             solved = spread(
@@ -179,11 +191,10 @@ class Implicit(Adjoint):
                 live,
                 (solved.value, solved.status, solved.steps, solved.residual),
             )
+            evaluations = problem.evaluations
         if self.warm_start:
             self._keep((*g.shape, g.dtype, g.device), solved.value.clone())  # it may be g, the caller's
-        reports.append(
-            AdjointReport(self.name, True, *_whole(solved, rows, call), evaluations=problem.evaluations)
-        )
+        reports.append(AdjointReport(self.name, True, *_whole(solved, rows, call), evaluations=evaluations))
         return solved.value if units is None else solved.value / units
 
     def _keep(self, key: tuple[Any, ...], value: Tensor) -> None:

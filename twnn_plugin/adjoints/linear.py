@@ -15,10 +15,20 @@ from ..solvers.linear import LinearSolver
 from ..solvers.measure import kinds
 from ..types import Status
 
-__all__ = ["LinearSettings", "Products", "in_units", "known", "named", "solve_linear", "spread", "units_of"]
+__all__ = [
+    "ULPS",
+    "LinearSettings",
+    "Products",
+    "in_units",
+    "known",
+    "named",
+    "solve_linear",
+    "spread",
+    "units_of",
+]
 
 _MARGIN = 1e3  # between what is squared and the ends of a dtype's range
-_ULPS = 4  # a tolerance below this many roundings cannot be met
+ULPS = 4  # a tolerance below this many roundings cannot be met
 
 
 def known() -> list[str]:
@@ -138,20 +148,25 @@ def solve_linear(problem: Products, settings: LinearSettings, guess: Tensor | No
     """
     g = problem.g
     scale = torch.linalg.vector_norm(g, dim=1)
-    tol = max(settings.tol, _ULPS * torch.finfo(g.dtype).eps)
-    unit = _unit(g, scale, tol)
+    tol = max(settings.tol, ULPS * torch.finfo(g.dtype).eps)
+    unit = _unit(g, scale, tol, settings.coupled)
     if unit is not None:  # the equation is linear: what cannot be squared is solved for in other units
         problem.g = g / unit
         solved = solve_linear(problem, settings, None if guess is None else guess / unit)
         return replace(solved, value=solved.value * unit)
+    if settings.coupled and scale.numel():  # one system: a row without a gradient has no size of its own
+        scale = (torch.linalg.vector_norm(scale) / scale.numel() ** 0.5).expand_as(scale).contiguous()
     control = Control(tol=tol, max_iter=settings.max_iter, scale=scale, coupled=settings.coupled)
     if guess is not None and control.max_iter > 1:
         return _from_guess(problem, settings, control, guess)
     return _checked(_solve(settings.solver, problem, g, control), g)
 
 
-def _unit(g: Tensor, scale: Tensor, tol: float) -> Tensor | None:
-    """(b, 1) powers of two near the largest entries, where squares of some row's would leave the range."""
+def _unit(g: Tensor, scale: Tensor, tol: float, coupled: bool) -> Tensor | None:
+    """(b, 1) powers of two near the largest entries, where squares of some row's would leave the range.
+
+    Coupled rows have one unit: their equation is one, and what is scaled row by row solves another.
+    """
     limits = torch.finfo(g.dtype)
     if not scale.numel():
         return None
@@ -159,6 +174,8 @@ def _unit(g: Tensor, scale: Tensor, tol: float) -> Tensor | None:
     if least > _MARGIN * limits.tiny**0.5 / tol and most < limits.max**0.5 / _MARGIN**2:
         return None
     largest = g.abs().amax(dim=1, keepdim=True) if g.shape[1] else g.new_zeros(g.shape[0], 1)
+    if coupled:
+        largest = torch.where(torch.isfinite(largest), largest, 0.0).amax().expand_as(largest)
     sound = torch.isfinite(largest) & (largest > 0)
     exponent = torch.frexp(torch.where(sound, largest, 1.0)).exponent - 1
     unit = torch.ldexp(torch.ones_like(largest), exponent)
@@ -176,6 +193,8 @@ def _from_guess(problem: Products, settings: LinearSettings, control: Control, g
     g = problem.g
     rest = problem.evaluate(guess) - guess
     near = torch.linalg.vector_norm(rest, dim=1) < 0.5 * torch.linalg.vector_norm(g, dim=1)
+    if control.coupled:  # all rows begin at the guess, or none: the rest is that of all of it
+        near = (torch.linalg.vector_norm(rest) < 0.5 * torch.linalg.vector_norm(g)).expand_as(near)
     start = torch.where(near[:, None], guess, 0.0)
     right = torch.where(near[:, None], rest, g)
     problem.g = right  # of the rows that are still there, while it is solved

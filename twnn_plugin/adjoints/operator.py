@@ -12,9 +12,10 @@ from torch.autograd import forward_ad
 
 from ..solvers import Control, Outcome, Solver, solve
 from ..types import AdjointReport, Status
+from .by_parts import solve_by_parts
 from .capture import announce, unwatched
 from .graft import looked_into
-from .linear import LinearSettings, Products, in_units, solve_linear, units_of
+from .linear import LinearSettings, Products, in_units, units_of
 from .maps import Joint, Linear, Map, Pushed, Transposed, pull_inputs, push_inputs
 
 __all__ = ["Method", "apply", "pull_back"]
@@ -67,18 +68,23 @@ class Method:
 
     def _solve_linear(self, h: Linear, inputs: Sequence[Tensor]) -> Outcome:
         units = self._units(h, inputs)
-        kept, kept_units = list(inputs), units
-
-        def renew(rows: Tensor) -> Any:
-            nonlocal kept_units
-            kept[:] = _gather(h, kept, rows)
-            kept_units = None if kept_units is None else kept_units[rows]
-            return in_units(h.product(kept), kept_units)
-
         g = inputs[-1] if units is None else units * inputs[-1]
-        problem = Products(in_units(h.product(inputs), units), g, self.eps, renew if h.can_leave else None)
-        outcome = solve_linear(problem, self.linear)
-        self._report(outcome, problem.evaluations)
+
+        def make() -> Products:
+            kept, kept_units = list(inputs), units
+
+            def renew(rows: Tensor) -> Any:
+                nonlocal kept_units
+                kept[:] = _gather(h, kept, rows)
+                kept_units = None if kept_units is None else kept_units[rows]
+                return in_units(h.product(kept), kept_units)
+
+            product = in_units(h.product(inputs), units)
+            return Products(product, g, self.eps, renew if h.can_leave else None)
+
+        parts = (g.shape[1],) if units is None else self.sizes
+        outcome, evaluations = solve_by_parts(make, self.linear, parts)
+        self._report(outcome, evaluations)
         return outcome if units is None else replace(outcome, value=outcome.value / units)
 
     def parts_of(self, h: Map, width: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from ..errors import OptionError
 from ..solvers import Outcome
 from ..solvers.base import is_number
 from ..types import AdjointReport, Status
+from .approximate import told
 from .base import Adjoint
 from .equation import Call
 from .graft import attach, check_rows, refuse
@@ -51,9 +52,12 @@ class Phantom(Adjoint):
         if outcome.value.shape[1] == 0:
             return replace(outcome, value=call.equation().evaluate(outcome.value))
         good = torch.isfinite(outcome.value).all(dim=1) & (outcome.status != int(Status.non_finite))
+        if call.control.coupled:  # f is a map of the whole batch: of some rows it is another one
+            good = torch.ones_like(good)
         outcome, z, rows = self._steps(call, outcome, good)
         finite = torch.isfinite(z.detach()).all(dim=1)
-        if not bool(finite.all()):  # rows that diverged so far that the steps overflow
+        # Rows that diverged so far that the steps overflow.
+        if not call.control.coupled and not bool(finite.all()):
             good = finite if rows is None else good.index_copy(0, rows, finite)
             outcome, z, rows = self._steps(call, outcome, good)
         start = outcome.value if rows is None else outcome.value[rows]
@@ -62,7 +66,7 @@ class Phantom(Adjoint):
             return outcome
 
         def pull(g: Tensor) -> Tensor:
-            self._report(outcome, g, reports)
+            reports.append(told("phantom", outcome, rows, self.steps))
             return g
 
         # The value stays the solution, with and without gradients; the steps give the gradient alone.
@@ -83,15 +87,3 @@ class Phantom(Adjoint):
             z = torch.lerp(z, fz, self.damping)
         call.evaluations += equation.evaluations
         return outcome, z, rows
-
-    def _report(self, outcome: Outcome, g: Tensor, reports: list[AdjointReport]) -> None:
-        reports.append(
-            AdjointReport(
-                "phantom",
-                False,
-                torch.full_like(outcome.status, int(Status.converged)),
-                torch.full_like(outcome.steps, self.steps),
-                torch.full_like(outcome.residual, float("nan")),
-                self.steps * g.shape[0],
-            )
-        )

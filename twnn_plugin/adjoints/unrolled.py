@@ -34,7 +34,7 @@ class Unrolled(Adjoint):
 
     def _solve(self, call: Call) -> Outcome:
         outcome = call.solve()
-        if not torch.is_grad_enabled() or not call.context or transforms.active():
+        if not torch.is_grad_enabled() or not call.context or transforms.active() or call.control.coupled:
             return outcome
         broken = outcome.status == int(Status.non_finite)
         if not bool(broken.any()):

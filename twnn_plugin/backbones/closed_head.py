@@ -69,6 +69,7 @@ class ClosedHead(nn.Module):
         self.heads = nn.ModuleList(copy.deepcopy(model.get_submodule(path)) for path in self.paths)
         self.companion = Companion()
         self.logits: list[Tensor | None] = [None] * len(self.paths)
+        self.by_hand = False  # whether the last pass of training was not one of the model's own
         for part in self.parts:
             part.companion = self.companion
         model.register_forward_pre_hook(self._begin)
@@ -109,6 +110,12 @@ class ClosedHead(nn.Module):
     def _begin(self, model: nn.Module, args: Any) -> None:
         self.companion.begin(len(self.heads) > 0 and self.training and torch.is_grad_enabled())
         self.logits = [None] * len(self.heads)
+        self.by_hand = False
+
+    def pass_by_hand(self) -> None:
+        """Called where stages are called one by one: there are no closed logits of such a pass."""
+        self.logits = [None] * len(self.heads)
+        self.by_hand = self.training and torch.is_grad_enabled()
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self.companion.begin(False)
@@ -258,8 +265,18 @@ def closed_logits(model: nn.Module) -> Tensor | None:
     Returns:
         None if the model has no closed head (or no classifier), or the last pass was not one of training. To
         see the closed network in eval mode, configure ``policy="never"``.
+
+    Raises:
+        AttachError: the last pass was one of training by ``forward_features`` and ``forward_head``, in which
+            the closed head answers but is taught nothing; or there are several models with a closed head.
     """
     head = _head(model)
+    if head is not None and head.by_hand:
+        raise AttachError(
+            "There are no closed logits of a pass by forward_features() and forward_head(): the open-loop "
+            "value of each sample goes through the rest of the network beside the settled one where "
+            "the model itself is called. Call model(images) in training."
+        )
     if head is None or not head.logits or any(logits is None for logits in head.logits):
         return None
     logits = [value.flatten(1) for value in head.logits if value is not None]
@@ -284,7 +301,18 @@ def closed_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], ta
 
 
 def _head(model: nn.Module) -> ClosedHead | None:
-    return next((m for m in model.modules() if isinstance(m, ClosedHead)), None)
+    heads = closed_heads(model)
+    if len(heads) > 1:
+        raise AttachError(
+            f"This {type(model).__name__} holds {len(heads)} models with closed heads, each of which has "
+            "logits of its own: ask them one by one."
+        )
+    return heads[0] if heads else None
+
+
+def closed_heads(model: nn.Module) -> list[ClosedHead]:
+    """Those of all models in a module."""
+    return [m for m in model.modules() if isinstance(m, ClosedHead)]
 
 
 def _classifiers(model: nn.Module, where: bool | str) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from ..errors import AttachError, OptionError, UnknownNameError, nearest
 from ..gates import Budget, LearnedGate
 from ..selection import LayerSelection, selection_of
 from ..sequence import TemporalSpan, check_budget
-from .closed_head import ClosedHead, check_weight
+from .closed_head import ClosedHead, check_weight, closed_heads
 from .given import span_policy
 from .pricing import renew_prices, unchanged_on_error
 from .span import AttachedSpan
@@ -95,7 +95,7 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
     gate_options = {name: options.pop(name) for name in _GATE_OPTIONS if name in options}
     policy = span_policy(options.pop("policy")) if "policy" in options else None
     aids = {name: options.pop(name) for name in _AIDS if name in options}
-    head = _closed_head(model, options)
+    heads = _closed_heads(model, options)
     weight = options.pop("closed_weight", None)
     solved = _with_groups(model, parts)
     changed = [part.settings.changed(**options) for part in solved]
@@ -113,7 +113,7 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
             part.policy = policy.train(part.training)
     for part, changed_aids in helped:
         part.aids = changed_aids
-    if head is not None:
+    for head in heads:
         head.weight = float(weight)
     return model
 
@@ -171,15 +171,15 @@ def _changed_aids(
     return [(part, part.aids.changed(**options)) for part in parts if isinstance(part, Feedback)]
 
 
-def _closed_head(model: nn.Module, options: dict[str, Any]) -> ClosedHead | None:
-    """The closed head, if its weight is to be changed."""
+def _closed_heads(model: nn.Module, options: dict[str, Any]) -> list[ClosedHead]:
+    """The closed heads, if their weight is to be changed."""
     if "closed_weight" not in options:
-        return None
+        return []
     check_weight(options["closed_weight"])
-    head = next((m for m in model.modules() if isinstance(m, ClosedHead)), None)
-    if head is None:
+    heads = closed_heads(model)
+    if not heads:
         raise OptionError("This model has no closed head to weigh: attach with closed_head=True.")
-    return head
+    return heads
 
 
 def _check_gates(parts: Sequence[Feedback | TemporalSpan], options: dict[str, Any]) -> None:

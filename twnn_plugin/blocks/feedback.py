@@ -13,6 +13,7 @@ from ..errors import AttachError, OptionError
 from ..gates import FollowsGate, Gate, GateOutput
 from ..gates.base import ordinary
 from ..regularise import jacobian_frobenius
+from ..transforms import wraps
 from ..types import PolicyView
 from .aids import Aids
 from .choice import Choice, Pending
@@ -112,7 +113,9 @@ class Feedback(Origin):
 
     @last.setter
     def last(self, record: SpanRecord | None) -> None:
-        self._latest.record = record
+        # What torch.func has made means nothing once it is done, and could not be copied or saved.
+        passing = record is not None and wraps(*vars(record).values())
+        self._latest.record = None if passing else record
 
     def settle(
         self,
@@ -148,6 +151,8 @@ class Feedback(Origin):
         Raises:
             OptionError: the policy did not return (B,) booleans.
         """
+        if self.training:
+            self._check_first()
         features = self._features(out).to(self.gate.dtype)
         # A broken sample must not reach the gate's weights: zero times NaN is NaN.
         features = torch.nan_to_num(features, nan=0.0, posinf=0.0, neginf=0.0)
@@ -173,6 +178,21 @@ class Feedback(Origin):
         if self.aids.opening:
             amount = amount * self.rise()
         return Choice(opened, amount, opinion.probability, opinion.margin)
+
+    def _check_first(self) -> None:
+        """Refuse a pass that is made again, in the backward pass, where the one before has changed it."""
+        # As torch.utils.checkpoint asks; there is no public question.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+            return
+        rising = self.aids.opening and int(self.opening_step) < self.aids.opening
+        if rising or getattr(self.gate, "budget", None) is not None:
+            moved = "opening" if rising else "budget"
+            raise AttachError(
+                f"This pass through wormhole {self.span!r} is made again in the backward pass "
+                f"(torch.utils.checkpoint around the model), and what {moved}= changes with every pass is "
+                "not as it was. Save memory by model.set_grad_checkpointing(), or checkpoint what lies "
+                "outside of the spans."
+            )
 
     def glance(self, out: Tensor) -> Callable[[], Tensor] | None:
         """In eval mode, what gives the probabilities if no row of ``out`` would open; None: call ``choose``.

@@ -115,6 +115,10 @@ class Frozen(TorchFunctionMode):
             self.current = id(norm)
             self.entered[id(norm)] = self.entered.get(id(norm), 0) + 1
 
+    def is_heard_by(self, listen: Callable[[], None]) -> bool:
+        """Whether it was made with this; another group may listen to the same normalisations."""
+        return self._listen == listen
+
     def __enter__(self) -> Frozen:
         self._listen()
         PRESENT.held.append(self)

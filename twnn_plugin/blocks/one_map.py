@@ -149,7 +149,8 @@ class OneMap:
                 heard.found.setdefault(id(norm), []).append(found)
         for frozen in reversed(PRESENT.held):
             if id(norm) in frozen.statistics:
-                frozen.enter_layer(norm)
+                if frozen.is_heard_by(self.listen):
+                    frozen.enter_layer(norm)
                 break
 
     def _check_alone(self) -> None:
@@ -172,6 +173,20 @@ class OneMap:
             PRESENT.watching.add(self)
         else:
             PRESENT.watching.discard(self)
+
+    def check_outermost(self) -> None:
+        """Refuse to be iterated within the replay of another span that holds the same normalisations.
+
+        Raises:
+            AttachError: it would be.
+        """
+        mine = {id(norm) for norm in self.norms}
+        if any(mine & frozen.statistics.keys() for frozen in PRESENT.held):
+            raise AttachError(
+                "A wormhole whose body normalises by batches lies within the span of another, which holds "
+                "its statistics only while it is replayed: the backward pass would normalise by others. Let "
+                "the outer span end before it or begin behind it, or normalise sample by sample (GroupNorm)."
+            )
 
     @contextmanager
     def repeated(self) -> Iterator[None]:

@@ -50,7 +50,8 @@ class OpenLoop:
 
         Raises:
             AttachError: a module changes its buffers whenever it runs, the pass comes out otherwise when
-                its statistics are held, or a normalisation lost its statistics but not the flag for them.
+                its statistics are held, a normalisation lost its statistics but not the flag for them, or
+                the pass is one within the replay of another span that holds its normalisations.
         """
         one_map = self.one_map
         if not self.active:
@@ -62,6 +63,7 @@ class OpenLoop:
                 )
             return out, None
         one_map.open_loop(False)
+        one_map.check_outermost()
         after = random_state(self.entry.device)
         drew = not same(self.before, after)
         if not one_map.needed(drew):

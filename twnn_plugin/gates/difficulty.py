@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["watch_difficulty"]
 
@@ -14,20 +13,26 @@ __all__ = ["watch_difficulty"]
 class _Difficulty(torch.autograd.Function):
     """Identity on ``out``; its backward teaches ``margin`` which samples are hard."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, out: Tensor, margin: Tensor, share: float) -> Tensor:
-        ctx.save_for_backward(margin)
-        ctx.share = share
+    def forward(out: Tensor, margin: Tensor, share: float) -> Tensor:
         return out.view_as(out)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.share = inputs[2]
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (margin,) = ctx.saved_tensors
-        size = torch.linalg.vector_norm(grads[0].flatten(1).to(margin.dtype), dim=1)
+        # What is taught is no derivative of the loss, and has none itself.
+        (margin,) = (saved.detach() for saved in ctx.saved_tensors)
+        given = grads[0].detach()
+        size = torch.linalg.vector_norm(given.flatten(1).to(margin.dtype), dim=1)
         size = torch.nan_to_num(size, nan=0.0, posinf=0.0)
-        hard = torch.zeros_like(margin)
-        hard[size.topk(max(1, round(ctx.share * size.numel()))).indices] = 1
+        rank = size.argsort(descending=True, stable=True).argsort()
+        hard = (rank < max(1, round(ctx.share * size.numel()))).to(margin.dtype)
         # The gradient of the cross-entropy of "hard", in units of the loss's own gradient.
         return grads[0], size.mean() * (torch.sigmoid(margin) - hard), None
 

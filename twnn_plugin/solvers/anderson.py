@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -35,8 +35,8 @@ class _Slot(NamedTuple):
 class _Constants:
     """Tensors of no dimension: operations with Python numbers cost more than the arithmetic."""
 
-    restart: Tensor
-    noise: Tensor
+    restart: Tensor = field(repr=False, compare=False)  # to be shown or compared, they would be waited for
+    noise: Tensor = field(repr=False, compare=False)
 
     @staticmethod
     def like(z: Tensor) -> _Constants:

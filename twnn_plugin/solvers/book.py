@@ -152,10 +152,11 @@ class Book:
         return low | spared
 
     def _couple(self, going_on: Tensor) -> None:
-        # Coupled rows finish together: while any of them still moves, none is at its fixed point.
-        converging = going_on | (self.change <= self.bound)
-        if bool(converging.all()) and bool(going_on.any()):
-            going_on.fill_(True)
+        # Coupled rows finish together: while any of them still moves, none is at its fixed point. Rows that
+        # failed are gone, and hold up nobody.
+        moving = going_on if self.alive is None else going_on & self.alive
+        if bool(moving.any()):
+            going_on.logical_or_(self.change <= self.bound)
 
     def _call_back(self, k: int, z: Tensor, problem: Problem) -> None:
         assert self.control.callback is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -37,12 +39,18 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """A :class:`Capture` by a CUDA graph, on the device that is the current one when it is made."""
+    """A :class:`Capture` by a CUDA graph, on the device that is the current one when it is made.
+
+    Not by ``torch.cuda.graph``, which waits for the device and empties torch's cache of memory before each
+    capture, and leaves a stream of its own current where one fails. An operation that would wait for the
+    device is refused by torch before CUDA hears of it: a capture that CUDA has called off cannot be ended by
+    every torch in such a way that others can follow. That switch is one for the process: what another
+    thread waits for in these milliseconds is refused as well.
+    """
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # torch's own stream for captures is one for the process, on the device of the first of them.
-        self._side = torch.cuda.Stream()
+        self._side = _side()
 
     def warm_up(self, work: Callable[[], Carry]) -> Carry:
         # On a stream of its own, as torch asks for: libraries allocate their workspaces here.
@@ -54,18 +62,56 @@ class CudaCapture:
         return done
 
     def record(self, work: Callable[[], None]) -> None:
+        self._side.wait_stream(torch.cuda.current_stream())
+        before = torch.cuda.get_sync_debug_mode()
         try:
-            with torch.cuda.graph(self._graph, stream=self._side):
-                work()
+            with torch.cuda.stream(self._side):
+                # Another thread, which pins memory, say, may go on meanwhile.
+                self._graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    _sync_debug_mode("error")
+                    work()
+                finally:
+                    _sync_debug_mode(before)
+                    self._graph.capture_end()
         except RuntimeError as error:
+            first = _first_of(error)
             raise MapError(
-                f"f or the solver cannot be captured in a CUDA graph: {str(error).splitlines()[0]}. Inside "
+                f"f or the solver cannot be captured in a CUDA graph: {str(first).splitlines()[0]}. Inside "
                 "them nothing may wait for the device (.item(), .cpu(), bool() of a tensor, boolean "
                 "indexing) or depend on values in its shapes. Change that, or leave cuda_graphs out."
-            ) from error
+            ) from first
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+_sides = threading.local()
+
+
+def _side() -> Any:
+    """The stream of this thread that captures are made on, one for each device.
+
+    cuBLAS keeps a workspace for every stream that it has seen, so that there must not be many.
+    """
+    found = vars(_sides).setdefault("by_device", {})
+    device = torch.cuda.current_device()
+    if device not in found:
+        found[device] = torch.cuda.Stream()
+    return found[device]
+
+
+def _sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """What went wrong, where ending the capture failed because of it."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error
 
 
 class Rerun:

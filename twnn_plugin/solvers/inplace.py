@@ -11,11 +11,19 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from ..errors import TransformError
+
 __all__ = ["CHANGED", "differentiable"]
 
 CHANGED = (
     "A tensor that f needs for its gradient was modified in place after f had used it; step optimisers and "
     "edit weights after the backward pass."
+)
+
+
+_NO_HOOKS = (
+    "This solver's loop writes its buffers in place, which cannot be differentiated through under "
+    "torch.func. Use adjoint='implicit', or a solver of this library."
 )
 
 
@@ -54,7 +62,12 @@ def differentiable() -> Iterator[Callable[[], contextlib.AbstractContextManager[
         yield contextlib.nullcontext
         return
     mode = _Division()
-    with saved_tensors_hooks(torch.clone, lambda saved: saved), mode:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(saved_tensors_hooks(torch.clone, lambda saved: saved))
+        except RuntimeError as error:  # torch.func switches such hooks off
+            raise TransformError(_NO_HOOKS) from error
+        stack.enter_context(mode)
         yield lambda: _plain(mode)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import Problem, StepSolver
@@ -29,8 +30,8 @@ class Joint(StepSolver):
         return self.method.init(z.reshape(1, -1))
 
     def step(self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, state: Any) -> tuple[Tensor, Any]:
-        whole = (1, -1)
-        z_next, state = self.method.step(
-            problem, z.reshape(whole), fz.reshape(whole), r.reshape(whole), state
-        )
-        return z_next.view_as(z), state
+        # A row that broke takes no part in products over all rows, which it would break, too.
+        sound = torch.isfinite(r).all(dim=1, keepdim=True)
+        whole_z, whole_fz, whole_r = (torch.where(sound, x, 0.0).reshape(1, -1) for x in (z, fz, r))
+        z_next, state = self.method.step(problem, whole_z, whole_fz, whole_r, state)
+        return torch.where(sound, z_next.view_as(z), fz), state

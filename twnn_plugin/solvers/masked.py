@@ -110,8 +110,7 @@ class _Steps:
                 going_on = going_on & ~now
             earlier = change
         if self.control.coupled:
-            converging = going_on | (change <= bound)
-            going_on = going_on | (converging.all() & going_on.any())
+            going_on = going_on | ((change <= bound) & (going_on & alive).any())
         going_on = going_on & alive
         broken = alive & ~torch.isfinite(change + bound)  # their value is what f returned
         state = carry.state
@@ -163,11 +162,11 @@ def drive_masked(
         size = bucket(unfinished, batch)
         if problem.can_leave and not control.coupled and size <= problem.leave_share * problem.size:
             ledger = _enter(ledger, rows, carry)
-            # Unfinished rows first; finished ones fill the places that are left.
-            keep = torch.argsort((~carry.alive).to(torch.uint8), stable=True)[:size]
-            measured = carry.measured
-            carry = take(carry._replace(measured=measured.T), keep)
-            carry = carry._replace(measured=carry.measured.T.contiguous())
+            # All unfinished rows; finished ones fill the places that are left.
+            keep = torch.argsort((~carry.alive).to(torch.uint8), stable=True)[:size].sort().values
+            measured, own = carry.measured, solver.keep(carry.state, keep)
+            carry = take(carry._replace(measured=measured.T, state=None), keep)
+            carry = carry._replace(measured=carry.measured.T.contiguous(), state=own)
             rows = rows.index_select(0, keep)
             problem.keep(keep)
             if control.scale is not None:

@@ -15,6 +15,7 @@ from .base import Control, Outcome, Problem, StepSolver, WholeSolver, check_whol
 from .driver import drive_rows
 from .measure import measure, threshold
 from .memory import to_unit
+from .precision import TENSOR_FLOAT, cut_short
 
 __all__ = ["Newton", "NewtonKrylov", "NewtonSteps"]
 
@@ -246,6 +247,8 @@ def _rounding(fz: Tensor, coarse: float) -> Tensor:
         fz: (b, D) values of ``f``.
         coarse: the rounding error that is known of; 0: none is.
     """
+    if cut_short(fz.device, (fz.dtype,)):
+        coarse = max(coarse, TENSOR_FLOAT)
     out = fz.new_full((fz.shape[0],), max(torch.finfo(fz.dtype).eps, coarse))
     fits = {dtype: fz.to(dtype).to(fz.dtype) == fz for dtype in (torch.float16, torch.bfloat16)}
     if fz.dtype is torch.float64:

@@ -73,7 +73,7 @@ class DeviceRows(Pieces):
         places = ending(seats, goes)
         if not places:
             return None, seen[: len(fill)]
-        index = torch.tensor(places, dtype=torch.long, device=alive.device)
+        index = torch.tensor(places, dtype=torch.long, device="cpu").to(alive.device, non_blocking=True)
         return Done(places, self.z.index_select(0, index), self._rows.facts(index)), seen[: len(fill)]
 
 

@@ -221,7 +221,9 @@ class Pool:
         return owners, z, context
 
     def _index(self, places: Sequence[int]) -> Tensor:
-        return torch.tensor(places, dtype=torch.long, device=self._rows.z.device)
+        # Not made on the device, which would be waited for.
+        index = torch.tensor(places, dtype=torch.long, device="cpu")
+        return index.to(self._rows.z.device, non_blocking=True)
 
 
 def _spec(request: Request) -> tuple[Any, ...]:

@@ -48,6 +48,7 @@ class Batches:
         workers: processes that decode and transform.
         rank: this process among ``world_size``; each gets its own rows.
         world_size: number of processes.
+        pinned: put batches into memory that a CUDA device copies from while the host goes on.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Batches:
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        pinned: bool = False,
     ):
         self.split = split
         self.spec = spec
@@ -74,6 +76,7 @@ class Batches:
         self.workers = workers
         self.rank = rank
         self.world_size = world_size
+        self.pinned = pinned
 
     def __len__(self) -> int:
         return len(self.order(0))
@@ -112,6 +115,7 @@ class Batches:
             num_workers=self.workers,
             generator=torch.Generator(),
             collate_fn=_collate,
+            pin_memory=self.pinned,
         )
         return _unpacked(iter(loader))
 
@@ -122,7 +126,8 @@ class Batches:
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
         mean = torch.tensor(self.spec.mean).view(-1, 1, 1)
         std = torch.tensor(self.spec.std).view(-1, 1, 1)
-        return (images - mean) / std, split.labels[rows]
+        images, labels = (images - mean) / std, split.labels[rows]
+        return (images.pin_memory(), labels.pin_memory()) if self.pinned else (images, labels)
 
 
 def make_transform(spec: DataSpec, **augment: Any) -> Transform:

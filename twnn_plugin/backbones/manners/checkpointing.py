@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm  # the documented common base of BatchNorm layers
 from torch.utils.checkpoint import checkpoint
 
@@ -46,14 +47,14 @@ class Recomputed:
         # torch.func has no saved tensors to leave out, and a compiler has its own way of recomputing.
         if not torch.is_grad_enabled() or transforms.active() or torch.compiler.is_compiling():
             return run(*args)
-        place = bookmark()
+        place, kernels = bookmark(), _attention_kernels()
         given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         versions = [leaf._version for leaf in given]
         out = checkpoint(
             run,
             *args,
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _Again(self.block, place)),
+            context_fn=lambda: (nullcontext(), _Again(self.block, place, kernels)),
         )
         if versions != [leaf._version for leaf in given]:
             raise AttachError(
@@ -72,6 +73,17 @@ class Recomputed:
             PRESENT.recomputing -= 1
 
 
+def _attention_kernels() -> list[SDPBackend]:
+    """Those that may be used here: other ones save other tensors, and the block must save the same again."""
+    allowed = {
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    }
+    return [kernel for kernel, enabled in allowed.items() if enabled()]
+
+
 def _copied(given: Any) -> Any:
     """Nested arguments in containers of their own."""
     return rebuild(given, lambda leaf: leaf)
@@ -80,12 +92,12 @@ def _copied(given: Any) -> Any:
 class _Again:
     """Entered for each time that a block is computed again: for each product of a backward solve, say."""
 
-    def __init__(self, block: nn.Module, place: Bookmark):
-        self.block, self.place = block, place
+    def __init__(self, block: nn.Module, place: Bookmark, kernels: list[SDPBackend]):
+        self.block, self.place, self.kernels = block, place, kernels
         self.entered: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> None:
-        self.entered.append(_again(self.block, self.place))
+        self.entered.append(_again(self.block, self.place, self.kernels))
         self.entered[-1].__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:
@@ -93,10 +105,10 @@ class _Again:
 
 
 @contextmanager
-def _again(block: nn.Module, place: Bookmark) -> Iterator[None]:
+def _again(block: nn.Module, place: Bookmark, kernels: list[SDPBackend]) -> Iterator[None]:
     """Within this, a block computes what it computed at ``place``, and leaves no trace."""
     if place.held:
-        with place.again():
+        with place.again(), sdpa_kernel(kernels):
             yield
         return
     counted = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
@@ -105,7 +117,7 @@ def _again(block: nn.Module, place: Bookmark) -> Iterator[None]:
         for module, buffers in kept:
             for name, buffer in buffers.items():
                 setattr(module, name, buffer.clone())
-        with place.again():
+        with place.again(), sdpa_kernel(kernels):
             yield
     finally:
         for module, buffers in kept:

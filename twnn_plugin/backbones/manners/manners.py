@@ -119,6 +119,9 @@ class Manners:
         """As in timm; as before any pass, the spans are looked after."""
         if torch.compiler.is_dynamo_compiling() or not self.intact.begun:  # else the pass itself has done so
             self.intact(self.model, args)
+            head = getattr(self.model, CLOSED_HEAD, None)
+            if isinstance(head, ClosedHead) and not torch.compiler.is_dynamo_compiling():
+                head.pass_by_hand()
         # Not a bound method: where a compiler leaves its graph, it would find this one by that name.
         own: Any = getattr(type(self.model), "forward_features")  # noqa: B009
         return own(self.model, *args, **kwargs)

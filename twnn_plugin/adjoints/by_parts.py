@@ -1,0 +1,85 @@
+"""Linear equations whose unknown has parts, each of which is to be as right as the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..solvers import Outcome
+from ..types import Status
+from .linear import ULPS, LinearSettings, Products, solve_linear
+
+__all__ = ["solve_by_parts"]
+
+_ROUNDS = 3
+
+
+def solve_by_parts(
+    make: Callable[[], Products],
+    settings: LinearSettings,
+    sizes: Sequence[int],
+    guess: Tensor | None = None,
+) -> tuple[Outcome, int]:
+    """Solve ``u = A u + g`` until every part of u meets the tolerance, relative to itself.
+
+    The norm over all parts bounds what a small part is off by in terms of the large ones, while the gradient
+    of weights that act on the small part alone is proportional to that part.
+
+    Args:
+        make: the equation, of all rows, in units in which its parts can be added up; called once for each
+            attempt.
+        settings: the solver and when it stops.
+        sizes: widths of the parts.
+        guess: see :func:`~twnn_plugin.adjoints.linear.solve_linear`.
+
+    Returns:
+        The outcome, and rows evaluated.
+    """
+    problem = make()
+    g = problem.g
+    solved = solve_linear(problem, settings, guess)
+    spent = problem.evaluations
+    if len(sizes) == 1 or not g.numel():
+        return solved, spent
+    scale = torch.linalg.vector_norm(g, dim=1)
+    for _ in range(_ROUNDS):
+        own = _norms(solved.value, sizes)
+        bound = settings.tol * own
+        # Of a part that rounding in the others drowns nothing more can be known.
+        asked = own > ULPS * torch.finfo(g.dtype).eps / settings.tol * own.amax(dim=1, keepdim=True)
+        asked &= (solved.status == int(Status.converged))[:, None]
+        at_most = (solved.residual * scale)[:, None]  # of all parts, and so of each
+        if not settings.coupled and not bool((asked & (at_most > bound)).any()):
+            break
+        problem = make()
+        rest = _norms(problem.evaluate(solved.value) - solved.value, sizes)
+        spent += problem.evaluations
+        missed = asked & (rest > bound)
+        if not bool(missed.any()):
+            break
+        wanted = torch.where(missed, bound / scale[:, None], torch.inf).amin()
+        problem = make()
+        tighter = replace(settings, tol=float(wanted.clamp(max=settings.tol / 2)))
+        better = solve_linear(problem, tighter, solved.value)
+        spent += problem.evaluations
+        solved = _joined(solved, better, missed.any(dim=1))
+    return solved, spent
+
+
+def _norms(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(b, P) norms of the parts of (b, D)."""
+    return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in x.split(list(sizes), dim=1)], dim=1)
+
+
+def _joined(solved: Outcome, better: Outcome, missed: Tensor) -> Outcome:
+    """The second attempt, where it did not fail, with all products; rows that had met the rule keep that."""
+    failed = (better.status == int(Status.diverged)) | (better.status == int(Status.non_finite))
+    return Outcome(
+        torch.where(failed[:, None], solved.value, better.value),
+        torch.where(missed, better.status, solved.status),
+        solved.steps + better.steps + 1,
+        torch.where(failed, solved.residual, better.residual),
+    )
