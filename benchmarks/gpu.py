@@ -5,7 +5,7 @@ The cells are those of other benchmarks, at a size that fits the time: ``solvers
 ``reasoning`` that ship. The most important come first; those that would begin after seven minutes, or end
 after seven and a half if they took as long as the longest of their kind before them, are not run, stay in the
 table as such, and are run by ``--resume``. Nothing is fetched from the network; the results are eight small
-files.
+files. A copy without a git history says of which commit it is by the environment variable ``TWNN_COMMIT``.
 """
 
 from __future__ import annotations

@@ -80,9 +80,7 @@ def _alike(x: Tensor, known: Tensor) -> bool:
     dtype, device = x.dtype, x.device.type
     if torch.is_autocast_enabled(device):
         dtype = max(dtype, torch.get_autocast_dtype(device), key=lambda one: torch.finfo(one).eps)
-    eps = torch.finfo(dtype).eps
-    bound = 1e3 * eps if eps < 1e-6 else 8 * eps  # kernels may add up in any order
-    norm = torch.linalg.vector_norm
+    norm, bound = torch.linalg.vector_norm, torch.finfo(dtype).eps ** 0.5  # kernels may add up in any order
     return not bool(norm(x - known) > bound * norm(known))
 
 
