@@ -74,9 +74,7 @@ def test_no_tensor_is_printed_to_tell_graphs_apart(monkeypatch):
 
 
 def test_a_copy_without_a_history_says_of_which_commit_it_is(monkeypatch):
-    origins = importlib.import_module(
-        "benchmarks.harness.provenance"
-    )  # not its function
+    origins = importlib.import_module("benchmarks.harness.provenance")  # not its function
     monkeypatch.setattr(origins, "_git", lambda *_: "")
     monkeypatch.delenv(origins.COMMIT, raising=False)
     settings = Settings("cpu", True, (0,), 1, (), 1.0)
