@@ -206,6 +206,7 @@ def test_a_row_that_stagnated_neither_lets_others_go_nor_holds_them_up(solver, e
         solution = quietly(f, start, c, solver=solver, check_every=every, tol=1e-15, max_iter=100)
     assert solution.status.tolist() == [0, 0, Status.stagnated]
     assert solution.value[:2].flatten().tolist() == [11.0, 40.0]
+    assert solution.steps.tolist() == [42, 42, 20]
 
 
 @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden", "newton_krylov", "auto"])
