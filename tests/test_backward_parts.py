@@ -283,3 +283,18 @@ def test_loops_that_write_in_place_say_what_to_use_under_transforms(solver):
     at = c.clone().requires_grad_()
     solve(at, "unrolled").backward()  # where the transform has ended, all is as before
     torch.testing.assert_close(at.grad, torch.func.grad(lambda c: solve(c, "implicit"))(c))
+
+
+def test_a_tangent_does_not_stop_at_the_absolute_tolerance_of_the_state():
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.2 * torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    x = 1e5 * torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    direction = 1e-5 * torch.randn(4, 4, generator=generator, dtype=torch.float64)
+
+    def solved(w, **options):
+        options = {"max_iter": 300, "adjoint": "ad_fixed_point", **options}
+        return tw.fix(lambda z, c: z @ w + c, torch.zeros_like(x), x, **options).value
+
+    _, found = torch.func.jvp(lambda w: solved(w, stop="abs", tol=5.0), (weight,), (direction,))
+    _, expected = torch.func.jvp(lambda w: solved(w, tol=1e-12), (weight,), (direction,))
+    assert float((found - expected).norm()) < 3e-3 * float(expected.norm())

@@ -275,3 +275,22 @@ def test_adjoints_of_few_steps_take_them_on_the_whole_batch(adjoint, steps, damp
         z = torch.lerp(z, mixed(z, c), damping)
     (expected,) = torch.autograd.grad(z[SOUND].sum(), c)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "ad_fixed_point"])
+def test_torch_func_differentiates_the_batch_that_was_solved_for_though_a_row_failed(adjoint):
+    generator = torch.Generator().manual_seed(0)
+    mix = 0.2 * torch.rand(5, 5, generator=generator, dtype=f64)
+    weight, x = (torch.randn(n, 2, generator=generator, dtype=f64) for n in (2, 5))
+    x[2] = float("nan")
+
+    def loss(w, how):
+        def f(z, c):
+            return torch.tanh(mix @ torch.nan_to_num(z) @ w) + c
+
+        solution = quietly(f, torch.zeros_like(x), x, tol=1e-10, max_iter=200, adjoint=how)
+        return solution.value[SOUND].sum()
+
+    w = (0.4 * weight).requires_grad_()
+    (expected,) = torch.autograd.grad(loss(w, "unrolled"), w)
+    torch.testing.assert_close(torch.func.grad(loss)(w.detach(), adjoint), expected, rtol=1e-6, atol=1e-9)

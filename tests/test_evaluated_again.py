@@ -289,3 +289,42 @@ def test_values_to_compare_with_are_those_of_the_last_evaluations_alone():
     steps = int(solution.steps.max())
     assert steps >= 15 and len(held) <= steps + 6  # the states, which are evaluated again
     solution.value.sum().backward()
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "checkpointed"])
+def test_a_variable_of_an_inner_function_is_not_the_outer_one_of_that_name(adjoint):
+    torch.manual_seed(0)
+    lin, found = torch.nn.Linear(4, 4).double(), []
+    for how in ("unrolled", adjoint):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        for a in (0.2, 0.3, 0.4):
+
+            def f(z, c):
+                def own(u):
+                    a = 1.0
+                    return (lambda: a * u)()
+
+                return torch.tanh(a * lin(own(z)) + c)
+
+            x = tw.fix(f, torch.zeros_like(x), x, adjoint=how, tol=1e-12, max_iter=200).value
+        a = None
+        found.append(torch.autograd.grad(x.sum(), lin.weight)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::twnn_plugin.errors.ConvergenceWarning")
+def test_a_row_that_failed_does_not_hide_a_change():
+    torch.manual_seed(0)
+    lin, x, s = torch.nn.Linear(4, 4).double(), torch.randn(6, 4).double(), torch.ones(4).double()
+    x[1] = float("nan")
+
+    def f(z, c):
+        whole = torch.nan_to_num(z)
+        return torch.tanh(0.3 * lin(whole) * s + 0.1 * whole.mean(0)) + c
+
+    value = tw.fix(
+        f, torch.zeros_like(x), x, coupled=True, adjoint="checkpointed", solver="picard", max_iter=100
+    ).value
+    s.mul_(0.5)
+    with pytest.raises(RuntimeError, match="'checkpointed'"):
+        torch.autograd.grad(value[[0, 2, 3, 4, 5]].sum(), lin.weight)

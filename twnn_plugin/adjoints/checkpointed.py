@@ -76,12 +76,14 @@ class _Twice:
 
 
 def _alike(x: Tensor, known: Tensor) -> bool:
-    """Whether two evaluations differ by rounding alone, or have no distance."""
+    """Whether two evaluations differ by rounding alone, as far as they are finite."""
     dtype, device = x.dtype, x.device.type
     if torch.is_autocast_enabled(device):
         dtype = max(dtype, torch.get_autocast_dtype(device), key=lambda one: torch.finfo(one).eps)
-    norm, bound = torch.linalg.vector_norm, torch.finfo(dtype).eps ** 0.5  # kernels may add up in any order
-    return not bool(norm(x - known) > bound * norm(known))
+    # What is not finite says nothing; and kernels may add up in any order.
+    apart, known = ((v.nan_to_num(0.0, 0.0, 0.0)) for v in (x - known, known))
+    norm, bound = torch.linalg.vector_norm, torch.finfo(dtype).eps ** 0.5
+    return not bool(norm(apart) > bound * norm(known))
 
 
 @dataclass(frozen=True)

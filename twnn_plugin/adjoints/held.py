@@ -188,9 +188,10 @@ def _names(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
         if isinstance(inner, types.CodeType):
             names, stored = _names(inner)
             read.update(names)
-            written.update(stored)
+            written.update(stored - set(code.co_cellvars))  # which are this function's own
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("STORE_DEREF", "STORE_GLOBAL"):
+        shared = instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars
+        if shared or instruction.opname == "STORE_GLOBAL":
             written.add(instruction.argval)
         elif instruction.opname == "LOAD_GLOBAL" and not hasattr(builtins, instruction.argval):
             read.add(instruction.argval)

@@ -192,11 +192,12 @@ def _push_forward(h: Map, method: Method, saved: Sequence[Tensor], tangents: Seq
     if not moving:
         return torch.zeros_like(value)
     chosen = [tangents[i] for i in moving]
-    if method.joint and not isinstance(h, Linear):
+    # A tangent has no unit of the state's that an absolute tolerance could be in: it is solved for by itself.
+    if method.joint and method.control.stop == "rel" and not isinstance(h, Linear):
         start = torch.cat([z0, torch.zeros_like(z0)], dim=1)
         joint = Joint(h, method.parts_of(h, z0.shape[1]), moving)
         return apply(joint, method, start, *inputs, *chosen)[0][:, z0.shape[1] :]
-    value, inputs, broken = _sound(h, value, status, inputs)
+    value, inputs, broken = _sound(h, method, value, status, inputs)
     with unwatched():
         r = torch.where(broken, 0.0, push_inputs(h, value, inputs, moving, chosen))
     v = apply(Pushed(h), method, r, value, *inputs, r)[0]
@@ -227,7 +228,7 @@ def pull_back(
     """Gradients of ``<g, z>`` for the inputs at the positions ``wanted``, z the fixed point ``value``."""
     if not wanted:
         return []
-    value, inputs, broken = _sound(h, value, status, inputs)
+    value, inputs, broken = _sound(h, method, value, status, inputs)
     g = torch.where(broken, 0.0, g)
     u = apply(Transposed(h), method, g, value, *inputs, g)[0]
     with unwatched():
@@ -237,14 +238,16 @@ def pull_back(
 
 
 def _sound(
-    h: Map, value: Tensor, status: Tensor, inputs: Sequence[Tensor]
+    h: Map, method: Method, value: Tensor, status: Tensor, inputs: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The rows with those that are not finite replaced by a good one, and which those are (B, 1).
 
     Through what rows share, a row with NaN would make every derivative NaN, whatever its share in it:
-    zero times NaN is NaN.
+    zero times NaN is NaN. Coupled rows stay: with another row in its place the others' are other values.
     """
     broken = status == int(Status.non_finite)
+    if method.linear.coupled:
+        return value, list(inputs), broken[:, None]
     rows = torch.arange(value.shape[0], device=value.device)
     good = torch.where(broken, rows.numel(), rows).amin() if rows.numel() else rows.sum()
     rows = torch.where(broken & (good < rows.numel()), good, rows)
