@@ -144,8 +144,7 @@ def test_parts_of_which_nothing_can_be_known_cost_no_products(solver):
     assert products == int(one.steps.max()) + 1  # and one for the inputs
     for second, loss_of in (
         (lambda a: a, lambda z: z[0].sum()),  # which no gradient reaches
-        (lambda a: 1e-30 * a, lambda z: z[0].sum() + 1e-20 * z[1].sum()),
-        (lambda a: a, lambda z: z[0].sum() + 1e-12 * z[1].sum()),  # drowned in rounding of the first
+        (lambda a: 1e-30 * a, lambda z: z[0].sum() + 1e-200 * z[1].sum()),  # or none that a norm could see
     ):
         found, report = spent(solver, second, loss_of)
         assert found == products and report.evaluations == one.evaluations
@@ -298,3 +297,25 @@ def test_a_tangent_does_not_stop_at_the_absolute_tolerance_of_the_state():
     _, found = torch.func.jvp(lambda w: solved(w, stop="abs", tol=5.0), (weight,), (direction,))
     _, expected = torch.func.jvp(lambda w: solved(w, tol=1e-12), (weight,), (direction,))
     assert float((found - expected).norm()) < 3e-3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
+def test_a_small_part_is_as_right_in_float32(tol):
+    """In the units of the states rounding in the large part would drown it."""
+    generator = torch.Generator().manual_seed(0)
+    weight, small, x = (torch.randn(n, 6, generator=generator) for n in (6, 6, 4))
+    weight, small = 0.1 * weight, (1e-6 * small).requires_grad_()
+
+    def f(state, c):
+        a, b = state
+        return torch.tanh(a @ weight + b + c), 0.95 * b + torch.tanh(a) @ small
+
+    state = start = (torch.zeros(4, 6), torch.zeros(4, 6))
+    for _ in range(600):
+        state = f(state, x)
+    (expected,) = torch.autograd.grad(state[0].sum(), small)
+    adjoint = tw.adjoint("implicit", tol=tol)
+    solution = tw.fix(f, start, x, tol=1e-5, max_iter=1000, adjoint=adjoint)
+    (found,) = torch.autograd.grad(solution.value[0].sum(), small)
+    assert float((found - expected).norm()) < (3 * tol + 1e-4) * float(expected.norm())
+    assert bool((solution.adjoint.status == Status.converged).all())

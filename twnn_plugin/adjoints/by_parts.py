@@ -44,29 +44,40 @@ def solve_by_parts(
     spent = problem.evaluations
     if len(sizes) == 1 or not g.numel():
         return solved, spent
-    scale = torch.linalg.vector_norm(g, dim=1)
+    scale, noise = torch.linalg.vector_norm(g, dim=1), ULPS * torch.finfo(g.dtype).eps / settings.tol
     for _ in range(_ROUNDS):
         own = _norms(solved.value, sizes)
-        bound = settings.tol * own
-        # Of a part that rounding in the others drowns nothing more can be known.
-        asked = own > ULPS * torch.finfo(g.dtype).eps / settings.tol * own.amax(dim=1, keepdim=True)
+        largest = own.amax(dim=1, keepdim=True)
+        # Shares whose ratio cannot be squared are nothing that a norm could see.
+        asked = (own > torch.finfo(g.dtype).tiny ** 0.5 * largest) & (largest > 0)
         asked &= (solved.status == int(Status.converged))[:, None]
         at_most = (solved.residual * scale)[:, None]  # of all parts, and so of each
-        if not settings.coupled and not bool((asked & (at_most > bound)).any()):
+        if not settings.coupled and not bool((asked & (at_most > settings.tol * own)).any()):
             break
         problem = make()
         rest = _norms(problem.evaluate(solved.value) - solved.value, sizes)
         spent += problem.evaluations
-        missed = asked & (rest > bound)
+        missed = asked & (rest > settings.tol * own)
         if not bool(missed.any()):
             break
-        wanted = torch.where(missed, bound / scale[:, None], torch.inf).amin()
-        problem = make()
+        # A part that rounding in the largest drowns is solved for in units in which it is as large.
+        drowned = asked & (own <= noise * largest)
+        units = _spread(torch.where(drowned, largest / own, 1.0), sizes)
+        problem = make().in_units(units)
+        wanted = torch.where(missed, settings.tol * torch.where(drowned, largest, own), torch.inf)
+        wanted = (wanted / torch.linalg.vector_norm(problem.g, dim=1)[:, None]).amin()
         tighter = replace(settings, tol=float(wanted.clamp(max=settings.tol / 2)))
-        better = solve_linear(problem, tighter, solved.value)
+        better = solve_linear(problem, tighter, units * solved.value)
         spent += problem.evaluations
-        solved = _joined(solved, better, missed.any(dim=1))
+        better = replace(better, value=better.value / units)
+        # That no more can be known of a part that is drowned is no failure.
+        solved = _joined(solved, better, (missed & ~drowned).any(dim=1))
     return solved, spent
+
+
+def _spread(each: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(b, D) of a number for each part, (b, P)."""
+    return each.repeat_interleave(torch.tensor(sizes, device=each.device), dim=1, output_size=sum(sizes))
 
 
 def _norms(x: Tensor, sizes: Sequence[int]) -> Tensor:

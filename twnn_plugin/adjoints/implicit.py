@@ -57,8 +57,7 @@ class Implicit(Adjoint):
             ``None``: ``tw.solver("anderson", start=1)``, which is a truncated Krylov method on a linear map.
         tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve, 1e-3 at most
             where that is absolute. Of a state of several parts each part of the solution meets it, too,
-            relative to itself, unless it is so small beside the others (by four roundings over ``tol``)
-            that rounding drowns it.
+            relative to itself.
         max_iter: products with the Jacobian per row; ``None``: as many as the forward solve had, but
             at least 20.
         warm_start: start from the last backward solve of this instance with the same shape (one is kept for

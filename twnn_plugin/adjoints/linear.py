@@ -109,6 +109,19 @@ class Products:
     def evaluate(self, z: Tensor) -> Tensor:
         return self.product(z) + self.g
 
+    def in_units(self, units: Tensor) -> Products:
+        """The equation of ``units * u``, for (b, D) units."""
+        renew, kept = self._renew, units
+
+        def renewed(rows: Tensor) -> Callable[[Tensor], Tensor]:
+            nonlocal kept
+            assert renew is not None
+            kept = kept[rows]
+            return in_units(renew(rows), kept)
+
+        product = in_units(self._product, units)
+        return Products(product, units * self.g, self.eps, None if renew is None else renewed)
+
     def keep(self, rows: Tensor) -> None:
         assert self._renew is not None
         self.g, self.size = self.g[rows], rows.numel()
