@@ -68,7 +68,7 @@ class DeviceRows(Pieces):
                 z = verdict.values(rows.z, fz, following(rows.z, fz, r))
                 self._rows = rows._replace(z=z)
         alive = self._rows.alive
-        seen = torch.cat([torch.stack(fill), alive.long()]).tolist()  # the one look
+        seen = torch.cat([torch.stack(fill), alive.long()]).tolist()  # the host waits here
         goes = seen[len(fill) :]
         places = ending(seats, goes)
         if not places:
