@@ -167,7 +167,7 @@ GRADIENTS = {
     "unrolled": Cost(317, 987),
 }
 OTHERS: dict[str, tuple[Callable[[], Cost], Cost]] = {
-    "wormhole, closed": (lambda: wormhole("never", False), Cost(0, 8)),
+    "wormhole, closed": (lambda: wormhole("never", False), Cost(0, 12)),
     "wormhole, open": (lambda: wormhole("always", False), Cost(24, 291)),
     "wormhole, closed, training": (lambda: wormhole("never", True), Cost(4, 429)),
     "wormhole, open, training": (lambda: wormhole("always", True), Cost(32, 1189)),

@@ -19,7 +19,9 @@ from .families import FAMILIES
 from .test_manners_rerun import Between
 
 SYNCHRONISES = "aten._local_scalar_dense.default"  # the host waits for a value
-MOST = 10  # pool, normalise, two layers with a view each, relu, threshold, largest, look
+# Means, maxima, both together, normalised twice (with views and room), two layers with a view each, relu,
+# threshold, largest, look.
+MOST = 16
 
 
 class Counting(TorchDispatchMode):
@@ -68,15 +70,15 @@ def assert_same_facts(a: nn.Module, b: nn.Module) -> None:
         *((key, "straight_through", 3) for key in ("resnet", "vit", "swin")),
     ],
 )
-def test_a_closed_pass_is_the_plain_one_and_ten_operations(key, gate, batch):
+def test_a_closed_pass_is_the_plain_one_and_few_operations(key, gate, batch):
     family = FAMILIES[key]
     model, plain, x = family.twnn(gate=gate).eval(), family.plain().eval(), family.images(batch)
     with kernels.disabled():
         with torch.no_grad():
             assert torch.equal(model(x), plain(x))
         before, after = calls_of(plain, x), calls_of(model, x)
-    # One sample needs no largest; channels that come last take a view more.
-    assert len(after) - len(before) <= MOST - (batch == 1) + (key == "swin")
+    # One sample needs no largest; channels that come last take two views more.
+    assert len(after) - len(before) <= MOST - (batch == 1) + 2 * (key == "swin")
     assert after.count(SYNCHRONISES) - before.count(SYNCHRONISES) == 1
     assert not any(record.open.any() for record in tw.report(model))
 

@@ -82,7 +82,8 @@ def test_a_gate_for_each_channel(name):
     nn.init.normal_(block.feedback.gate.score.weight, std=1.0)
     with torch.no_grad():
         z = block(x)
-        opinion = block.feedback.gate(body(x).mean((2, 3)))
+        out = body(x)
+        opinion = block.feedback.gate(torch.cat([out.mean((2, 3)), out.amax((2, 3))], dim=1))
         assert opinion.strength.shape == (6, 4)
         assert bool((opinion.strength == 0).any()) or name == "sigmoid"
         opened = opinion.open

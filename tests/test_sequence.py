@@ -399,7 +399,7 @@ def test_solvers_agree(solver):
 @pytest.mark.parametrize("wormhole", ["layer1->layer0", "layer0[t-3]->layer0"])
 def test_closed_gates_and_messages_learn(over, gate, wormhole):
     model = stack(
-        wormhole, gate=(gate, {"bias": -0.02}), gate_over=over, window=3 if "t-" in wormhole else None
+        wormhole, gate=(gate, {"bias": -0.03}), gate_over=over, window=3 if "t-" in wormhole else None
     )
     out, _ = model(sequences())
     plain = copy.deepcopy(model)

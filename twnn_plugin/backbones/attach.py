@@ -200,7 +200,7 @@ class _Builder:
     model: nn.Module
     example: Any
     channels_last: bool
-    gate: Callable[[int, int], Gate]
+    gate: Callable[[int, int, bool], Gate]
     policy: Policy
     settings: SolveSettings
     scale: float

@@ -13,7 +13,9 @@ from .record import SpanRecord
 
 __all__ = ["Companion", "PerThread"]
 
-Solve = Callable[[int | None], tuple[Tensor, ...]]
+Solve = Callable[[int | None, Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
+"""``solve(rows, beside) -> (values, beside)``: what becomes of the first rows, None being all of them, and of
+the open-loop rows that go on beside them."""
 
 
 class PerThread(threading.local):
@@ -52,17 +54,15 @@ class Companion(PerThread):
         """A wormhole has been solved for."""
         self.settled[record.span] = record.open.shape[0], record.open & ~record.fallback
 
-    def beside(self, outs: Sequence[Tensor], solve: Solve) -> tuple[Tensor, ...]:
+    def doubled(self, outs: Sequence[Tensor], solve: Solve) -> tuple[Tensor, ...]:
         """What ``solve`` makes of the rows that it may iterate, and the open-loop rows behind them.
 
         Args:
             outs: the open-loop outputs, of B rows, or of 2 B once the batch is doubled.
-            solve: of the number of rows to take, from the front; None: all.
+            solve: what settles the rows.
         """
-        if not self.wanted:
-            return solve(None)
-        if self.rows is None:
-            settled, self.rows = solve(None), outs[0].shape[0]
-            return tuple(torch.cat([v, out]) for v, out in zip(settled, outs, strict=True))
         rows = self.rows
-        return tuple(torch.cat([v, out[rows:]]) for v, out in zip(solve(rows), outs, strict=True))
+        settled, beside = solve(rows, outs if rows is None else [out[rows:] for out in outs])
+        if rows is None:
+            self.rows = outs[0].shape[0]
+        return tuple(torch.cat(pair) for pair in zip(settled, beside, strict=True))

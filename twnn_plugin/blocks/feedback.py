@@ -18,7 +18,7 @@ from ..types import PolicyView
 from .aids import Aids
 from .choice import Choice, Pending
 from .companion import Companion
-from .message import LAYOUTS, Message, layout_of, pool
+from .message import LAYOUTS, Message, layout_of, peaks, pool
 from .one_map import Frozen
 from .origin import Origin
 from .path import check_path
@@ -43,7 +43,8 @@ class Feedback(Origin):
         span: name for reports.
         entry: an example of the span's input, (B, ...).
         out: an example of the span's output.
-        gate: factory of the gate, called with the numbers of channels of ``out`` and ``entry``.
+        gate: factory of the gate, called with the numbers of channels of ``out`` and ``entry``, and whether
+            ``out`` has positions.
         policy: module of a :class:`~twnn_plugin.types.PolicyView` that returns (B,) bool, who is iterated;
             None: where the gate is open.
         settings: how the equation is solved.
@@ -59,7 +60,7 @@ class Feedback(Origin):
         span: str,
         entry: Tensor,
         out: Tensor,
-        gate: Callable[[int, int], Gate],
+        gate: Callable[[int, int, bool], Gate],
         policy: nn.Module | None = None,
         settings: SolveSettings | None = None,
         channels_last: bool = False,
@@ -79,7 +80,7 @@ class Feedback(Origin):
         if path is not None:
             check_path(path, out, contraction)
         self.message = Message(self.out_layout, entry_layout, channels, outputs, scale, contraction, path)
-        self.gate = gate(channels, outputs)
+        self.gate = gate(channels, outputs, self.out_layout != "NC")
         self.policy = policy
         self.settings = settings if settings is not None else SolveSettings()
         self.opening_step: Tensor
@@ -161,7 +162,8 @@ class Feedback(Origin):
         self._check_opinion(opinion, features.shape[0])
         each = opinion.strength.dim() > 1
         probability = opinion.probability.detach()
-        view = PolicyView(self.span, features, probability.amax(dim=1) if each else probability, opinion.open)
+        means = features[:, : out.shape[LAYOUTS[self.out_layout]]]
+        view = PolicyView(self.span, means, probability.amax(dim=1) if each else probability, opinion.open)
         wanted = opinion.open if self.policy is None else self.policy(view)
         if not isinstance(wanted, Tensor) or wanted.shape != opinion.open.shape or wanted.dtype != torch.bool:
             if isinstance(wanted, Tensor):
@@ -223,11 +225,13 @@ class Feedback(Origin):
             self.pending = None
 
     def _features(self, out: Tensor) -> Tensor:
-        """(B, C) what the gate looks at, in float32 or float64."""
+        """(B, C) what the gate looks at, or (B, 2 C) if it looks at maxima, too, in float32 or float64."""
         # The gate reads the activations but does not shape them: its gradient stays its own.
         # Traced with gradients and checked without: both must be the same graph.
         given = out.detach() if out.requires_grad or torch.jit.is_tracing() else out
-        return pool(given, self.out_layout, torch.float64 if out.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+        means = pool(given, self.out_layout, dtype)
+        return torch.cat([means, peaks(given, self.out_layout, dtype)], 1) if self.gate.peaks else means
 
     def _check_opinion(self, opinion: GateOutput, rows: int) -> None:
         if not isinstance(opinion, GateOutput):

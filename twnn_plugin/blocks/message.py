@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..constraints import contractive
 
-__all__ = ["LAYOUTS", "BallNorm", "Message", "layout_of", "pool"]
+__all__ = ["LAYOUTS", "BallNorm", "Message", "layout_of", "peaks", "pool"]
 
 LAYOUTS = {"NC": 1, "NCHW": 1, "NHWC": -1, "NLC": -1}
 """Where the channels are in each layout that a message understands."""
@@ -39,6 +39,15 @@ def pool(value: Tensor, layout: str, dtype: torch.dtype | None = None) -> Tensor
     if layout == "NCHW":
         return value.mean(dim=(2, 3), dtype=dtype)
     return value.flatten(1, -2).mean(dim=1, dtype=dtype)
+
+
+def peaks(value: Tensor, layout: str, dtype: torch.dtype | None = None) -> Tensor:
+    """(B, C) maxima over positions, in ``dtype``; None: in the activation's own."""
+    if layout == "NC":
+        found = value
+    else:
+        found = value.amax(dim=(2, 3)) if layout == "NCHW" else value.flatten(1, -2).amax(dim=1)
+    return found if dtype is None else found.to(dtype)
 
 
 class BallNorm(nn.Module):

@@ -14,7 +14,7 @@ from ..adjoints.implicit import Implicit
 from ..adjoints.one_step import OneStep
 from ..adjoints.phantom import Phantom
 from ..fixed_point import run
-from ..gates import watch_difficulty
+from ..gates import watch_closed_difficulty, watch_difficulty
 from ..solvers.hosting import Alike
 from ..types import Solution, Status
 from .anchor import anchored
@@ -93,16 +93,17 @@ def settle(
         there where the adjoint is only right at a solution; rows that became NaN or infinite keep the
         open-loop value and its gradient.
     """
-    given = entries[0] if entry is None else entry
+    given, companion = entries[0] if entry is None else entry, parts[0].companion
+    if companion is None or not companion.wanted:
+        return _Solve(parts, entries, outs, replay, tuple(constants), frozen, given, settings).run()
 
-    def solve(rows: int | None) -> tuple[Tensor, ...]:
-        if rows is None:
-            return _Solve(parts, entries, outs, replay, tuple(constants), frozen, given, settings).run()
+    def solve(rows: int | None, beside: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
         e, o, c = ([t[:rows] for t in tensors] for tensors in (entries, outs, constants))
-        return _Solve(parts, e, o, replay, tuple(c), frozen, given[:rows], settings).run()
+        made = _Solve(parts, e, o, replay, tuple(c), frozen, given[:rows], settings)
+        made.beside = list(beside)
+        return made.run(), made.beside
 
-    companion = parts[0].companion
-    return solve(None) if companion is None else companion.beside(outs, solve)
+    return companion.doubled(outs, solve)
 
 
 def settle_and_send(
@@ -149,6 +150,7 @@ class _Solve(Alike, Reaching):
         self.training = parts[0].training and torch.is_grad_enabled()
         self.choices = [part.choose(out) for part, out in zip(parts, outs, strict=True)]
         self.weights: list[Tensor] = []
+        self.beside: list[Tensor] | None = None  # the open-loop outputs on their way to a closed head
         # Kept here: the records are those of whichever pass came last.
         self.fallback = torch.zeros_like(self.choices[0].opened)
         probes = [c.new_zeros(1, *c.shape[1:]) for c in constants]
@@ -255,11 +257,16 @@ class _Solve(Alike, Reaching):
 
     def _watched(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The settled outputs, whose gradients teach the gates that learn from difficulty."""
-        watched = list(values)
-        for place in range(len(watched)):
-            for part, choice in zip(self.parts, self.choices, strict=True):
-                if choice.margin is not None:
-                    watched[place] = watch_difficulty(watched[place], choice.margin, part.gate.share())
+        watched, beside = list(values), self.beside
+        for part, choice in zip(self.parts, self.choices, strict=True):
+            if choice.margin is None:
+                continue
+            taught = choice.margin, part.gate.share()
+            for i, value in enumerate(watched):
+                if beside is None:
+                    watched[i] = watch_difficulty(value, *taught)
+                else:
+                    watched[i], beside[i] = watch_closed_difficulty(value, beside[i], *taught)
         return tuple(watched)
 
     def _mend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,8 +102,10 @@ class Wormhole(nn.Module):
         return record
 
 
-def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Callable[[int, int], Gate]:
-    """A function of the numbers of channels of state and message that makes the gate of a wormhole.
+def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Callable[..., Gate]:
+    """``make(channels, outputs, positions=False)``, which makes the gate of a wormhole.
+
+    Of the numbers of channels of state and message, and whether the state has positions.
 
     Raises:
         UnknownNameError: no such gate.
@@ -120,8 +123,10 @@ def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Callable[[int
         )
     gates.registry.entry(name)  # an unknown name is said now, not in the middle of the construction
 
-    def make(channels: int, outputs: int) -> Gate:
-        each = {"outputs": outputs} if options.get("per") == "channel" else {}
+    def make(channels: int, outputs: int, positions: bool = False) -> Gate:
+        each: dict[str, Any] = {"outputs": outputs} if options.get("per") == "channel" else {}
+        if positions and "peaks" in inspect.signature(gates.get(name)).parameters:
+            each["peaks"] = True
         return _fitting(
             gates.registry.make(name, channels=channels, **{**each, **options}), channels, outputs
         )
@@ -129,11 +134,11 @@ def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Callable[[int
     return make
 
 
-def _once(gate: Gate) -> Callable[[int, int], Gate]:
+def _once(gate: Gate) -> Callable[..., Gate]:
     """A factory that gives this gate to one wormhole: budget, threshold and penalty are one wormhole's."""
     given: list[Gate] = []
 
-    def give(channels: int, outputs: int) -> Gate:
+    def give(channels: int, outputs: int, positions: bool = False) -> Gate:
         if given:
             raise OptionError(
                 f"gate is one {type(gate).__name__}, and there is more than one wormhole, each with a "

@@ -3,7 +3,7 @@
 from ..registry import Registry
 from .base import FollowsGate, Gate, GateOutput
 from .budget import Budget
-from .difficulty import watch_difficulty
+from .difficulty import watch_closed_difficulty, watch_difficulty
 from .given import check_gate
 from .learned import LearnedGate
 
@@ -29,5 +29,6 @@ __all__ = [
     "owner",
     "register",
     "registry",
+    "watch_closed_difficulty",
     "watch_difficulty",
 ]

@@ -42,12 +42,19 @@ class FollowsGate:
 class Gate(nn.Module, ABC):
     """Decides from pooled activations; one instance a wormhole.
 
-    Factories registered as gates take ``channels`` (features per sample) and their own options.
+    Factories registered as gates take ``channels`` (of the activations) and their own options; one that has
+    an option ``peaks`` is given True for activations that have positions, unless the user says otherwise.
+
+    Attributes:
+        peaks: whether the features are (B, 2 C): the means over positions, then their maxima. What a mean
+            drowns, such as an object that fills a corner, a maximum shows.
     """
+
+    peaks: bool = False
 
     @abstractmethod
     def forward(self, features: Tensor) -> GateOutput:
-        """Look at pooled activations of the span's open-loop output, (B, C)."""
+        """Look at pooled activations of the span's open-loop output, (B, C), or (B, 2 C) with ``peaks``."""
 
     def glance(self, features: Tensor) -> Callable[[], Tensor] | None:
         """Whether :meth:`forward` would open no sample, if that can be told in few operations.
@@ -56,7 +63,7 @@ class Gate(nn.Module, ABC):
         wormhole's cost is. On an accelerator a look at the answer is the one time that the host waits.
 
         Args:
-            features: (B, C) pooled activations, as :meth:`forward` gets them, but in float32 or float64
+            features: pooled activations, as :meth:`forward` gets them, but in float32 or float64
                 whatever :attr:`dtype` is, and with NaN and infinities still in them, of which nothing must be
                 concluded.
 

@@ -22,12 +22,21 @@ __all__ = ["LearnedGate", "largest"]
 _EFFORT = 10.0  # replays per open sample that are assumed until some were counted
 _INTEGRAL, _PROPORTIONAL = 0.005, 1.0  # gains of the dual variable, in units of its bound, per step
 _FLOOR = 0.05  # least slope of the budget's penalty, that of a sigmoid being 0.25 at most
+_SLOPE = (
+    0.1  # of the hidden units below zero: where all of ReLUs are silent, samples have one and the same score
+)
+_LEAST = 0.01  # added to the features' variance: what hardly ever differs is not blown up
 _HALF = (torch.float16, torch.bfloat16)
-_NUMBERS = ("threshold", "dual", "integral", "excess", "effort", "price")  # the buffers
+_BUFFERS = ("threshold", "dual", "integral", "excess", "effort", "price", "running_mean", "running_var")
 
 
 class LearnedGate(Gate):
-    """A small perceptron on layer-normalised features, with a threshold, and a budget that it keeps.
+    """A small perceptron on normalised features, with a threshold, and a budget that it keeps.
+
+    Features are layer-normalised sample by sample (means and maxima each by themselves), so that the scores
+    of a fresh gate are bounded. With a budget they are then standardised by their running mean and variance
+    in training: features that differ little between samples, next to large ones that differ not at all,
+    would be learned from too slowly.
 
     With ``budget`` set, one of two controls makes the share of open samples what it allows:
 
@@ -41,13 +50,13 @@ class LearnedGate(Gate):
       go below zero while too few are. It is bounded by ``dual_bound``, integrates no further at the bound,
       and its gradient on the scores has a floor, so that it can neither blow up nor die out.
 
-    Threshold, dual variable and what they follow are buffers: they are in the checkpoint, and
-    DistributedDataParallel gives all ranks those of the first, by whose samples they go. They stay in float32
-    where the weights are cast to float16 or bfloat16, whose rounding is coarser than their steps; so do the
-    scores, the margins and what is made of them.
+    Threshold, dual variable, what they follow and the features' moments are buffers: they are in the
+    checkpoint, and DistributedDataParallel gives all ranks those of the first, by whose samples they go. They
+    stay in float32 where the weights are cast to float16 or bfloat16, whose rounding is coarser than their
+    steps; so do the scores, the margins and what is made of them.
 
     Args:
-        channels: features per sample.
+        channels: of the activations.
         hidden: width of the hidden layer.
         bias: initial score; negative is closed.
         temperature: scores are divided by it; None: :attr:`usual_temperature`.
@@ -64,6 +73,8 @@ class LearnedGate(Gate):
             is open if any is.
         outputs: channels of the message, for ``per="channel"`` alone; None: as many as features.
         l0: weight of the expected share of open gates, the mean probability, in :meth:`penalty`.
+        peaks: whether the features are the maxima over positions, too, beside the means; see
+            :class:`~twnn_plugin.gates.Gate`.
 
     Raises:
         OptionError: an option is out of range.
@@ -87,6 +98,7 @@ class LearnedGate(Gate):
         per: str = "sample",
         outputs: int | None = None,
         l0: float = 0.0,
+        peaks: bool = False,
     ):
         super().__init__()
         choose("learn", learn, (None, "benefit", "difficulty"))
@@ -103,11 +115,14 @@ class LearnedGate(Gate):
                 "A gate's dual_bound is positive, its momentum in (0, 1], and l0 at least 0; got "
                 f"{dual_bound!r}, {momentum!r} and {l0!r}."
             )
-        self.channels, self.outputs = channels, outputs or channels
+        if not isinstance(peaks, bool):
+            raise OptionError(f"A gate's peaks is True or False; got {peaks!r}.")
+        self.channels, self.outputs, self.peaks = channels, outputs or channels, peaks
         self.temperature = self.usual_temperature if temperature is None else temperature
         self.budget, self.momentum, self.learn = budget, momentum, learn
         self.control, self.dual_bound, self.per, self.l0 = control, dual_bound, per, l0
-        self.hidden = nn.Linear(channels, hidden)
+        width = channels * (2 if peaks else 1)
+        self.hidden = nn.Linear(width, hidden)
         self.score = nn.Linear(hidden, 1 if per == "sample" else self.outputs)
         nn.init.normal_(self.score.weight, std=0.02)
         nn.init.constant_(self.score.bias, bias)
@@ -117,6 +132,8 @@ class LearnedGate(Gate):
         self.excess: Tensor
         self.effort: Tensor
         self.price: Tensor
+        self.running_mean: Tensor
+        self.running_var: Tensor
         zero = torch.zeros((), dtype=_fine(torch.get_default_dtype()))
         self.register_buffer("threshold", zero)
         self.register_buffer("dual", zero.clone())  # of the last step
@@ -124,6 +141,8 @@ class LearnedGate(Gate):
         self.register_buffer("excess", zero.clone())  # running mean of open share minus wanted share
         self.register_buffer("effort", torch.full_like(zero, _EFFORT))  # running mean of replays if open
         self.register_buffer("price", torch.ones_like(zero))  # of a replay, in passes of the plain network
+        self.register_buffer("running_mean", zero.new_zeros(width))  # of the layer-normalised features
+        self.register_buffer("running_var", zero.new_ones(width))
         self._penalty: Tensor | None = None
         self._seen = _Seen()
 
@@ -219,7 +238,7 @@ class LearnedGate(Gate):
 
         Args:
             name: of the buffer, such as ``"threshold"``.
-            value: a number or a tensor of one; taken over in the buffer's dtype and on its device.
+            value: a number or a tensor like the buffer; taken over in its dtype and on its device.
         """
         old: Tensor = getattr(self, name)
         new = value.to(old) if isinstance(value, Tensor) else torch.full_like(old, value)
@@ -233,11 +252,13 @@ class LearnedGate(Gate):
 
         In training, brings what keeps the budget up to date.
         """
-        score = self._scored(features)
+        normal = self._normal(features)
+        score = self._scored(normal)
         margin = (self._each(score) - self.threshold) / self.temperature
         seen = self._seen.score = score.detach()
         self._penalty = None
         if self.training and self._budget is not None and score.numel():
+            self._know(normal)
             if self.control == "threshold":
                 self._follow(largest(self._each(seen)))
             else:
@@ -251,7 +272,7 @@ class LearnedGate(Gate):
         dtype = _dtype_of(first, threshold)
         given = features if features.dtype == dtype else features.to(dtype)
         # By forward, since the machinery of a module's call takes longer than what these two compute.
-        hidden = torch.relu(first.forward(F.layer_norm(given, given.shape[1:])))
+        hidden = F.leaky_relu(first.forward(self._standard(self._normal(given))), _SLOPE)
         score = self.score.forward(hidden) if dtype == threshold.dtype else self._fine_score(hidden)
         above = score - threshold
         if not (above if above.numel() == 1 else above.amax()).item() <= 0:  # nor is NaN
@@ -266,9 +287,10 @@ class LearnedGate(Gate):
             return None
         own, buffers = self._modules, self._buffers  # a fifth of the time that the attributes take
         hidden, scorer, threshold = own.get("hidden"), own.get("score"), buffers.get("threshold")
-        if hidden is None or scorer is None or threshold is None:
+        mean, variance = buffers.get("running_mean"), buffers.get("running_var")
+        if hidden is None or scorer is None or threshold is None or mean is None or variance is None:
             return None
-        told = kernels.glance(out, layout, hidden, scorer, threshold)
+        told = kernels.glance(out, layout, hidden, scorer, threshold, mean, variance, _LEAST, _SLOPE)
         if told is None:
             return None
         score, over = told
@@ -289,10 +311,33 @@ class LearnedGate(Gate):
         with torch.no_grad():
             return self.chance(self._each(score - threshold) / temperature, temperature)
 
-    def _scored(self, features: Tensor) -> Tensor:
+    def _normal(self, features: Tensor) -> Tensor:
+        """The features, means and maxima each of mean zero and variance one over the channels."""
+        width = self.running_mean.shape[0]
+        if features.shape[1] != width:
+            kinds = "means and maxima" if self.peaks else "means"
+            raise OptionError(
+                f"This {type(self).__name__} looks at (B, {width}) features, the {kinds} over positions of "
+                f"{self.channels} channels; got {tuple(features.shape)}."
+            )
+        parts = features.unflatten(1, (-1, self.channels))
+        return F.layer_norm(parts, parts.shape[2:]).flatten(1)
+
+    def _standard(self, normal: Tensor) -> Tensor:
+        """The same, each of mean zero and a variance of about one over the samples of the training."""
+        fine = normal.to(self.running_mean.dtype)
+        return F.batch_norm(fine, self.running_mean, self.running_var, eps=_LEAST).to(normal.dtype)
+
+    @torch.no_grad()
+    def _know(self, normal: Tensor) -> None:
+        """Take a batch's features into their running mean and variance, for the passes to come."""
+        away = normal.to(self.running_mean.dtype) - self.running_mean
+        self.put("running_mean", self.running_mean + self.momentum * away.mean(dim=0))
+        self.put("running_var", torch.lerp(self.running_var, away.square().mean(dim=0), self.momentum))
+
+    def _scored(self, normal: Tensor) -> Tensor:
         """(B, 1) or, per channel, (B, C) scores."""
-        normal = F.layer_norm(features, features.shape[1:])
-        hidden = torch.relu(self.hidden(normal))
+        hidden = F.leaky_relu(self.hidden(self._standard(normal)), _SLOPE)
         return self.score(hidden) if hidden.dtype == self.threshold.dtype else self._fine_score(hidden)
 
     def _fine_score(self, hidden: Tensor) -> Tensor:
@@ -315,7 +360,11 @@ class LearnedGate(Gate):
     @torch.no_grad()
     def _follow(self, score: Tensor) -> None:
         """Move the threshold towards the wanted share's quantile of this batch."""
-        target = torch.quantile(score.float(), 1 - (self.wanted() or 0.0))
+        # The estimate with the least bias whatever the distribution (Hyndman & Fan 1996, definition 8):
+        # torch's own is too low for a small share of a small batch, and what follows it opens too many.
+        count = score.numel()
+        place = (1 - (self.wanted() or 0.0)) * (count + 1 / 3) - 2 / 3
+        target = torch.quantile(score.float(), min(max(place / max(count - 1, 1), 0.0), 1.0))
         # A NaN sample must not reach the threshold, which all samples share.
         step = torch.nan_to_num(target - self.threshold, nan=0.0, posinf=0.0, neginf=0.0)
         self.put("threshold", self.threshold + self.momentum * step.to(self.threshold.dtype))
@@ -335,7 +384,7 @@ class LearnedGate(Gate):
         self._penalty = self.dual.to(margin.dtype) * (torch.nan_to_num(reach).mean() - wanted)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedGate:
-        before = {name: buffer for name in _NUMBERS if (buffer := self._buffers.get(name)) is not None}
+        before = {name: buffer for name in _BUFFERS if (buffer := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new: Tensor = getattr(self, name)
@@ -345,7 +394,7 @@ class LearnedGate(Gate):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        for name in _NUMBERS:  # with assign=True, buffers have the dtype of the checkpoint's
+        for name in _BUFFERS:  # with assign=True, buffers have the dtype of the checkpoint's
             value = self._buffers.get(name)
             if value is not None:
                 self._buffers[name] = value.to(_fine(value.dtype))

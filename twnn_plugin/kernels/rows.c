@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 8 /* of the arguments; another one in kernels/switch.py means that this was built before it */
+#define VERSION 9 /* of the arguments; another one in kernels/switch.py means that this was built before it */
 #define MARKS 4   /* of a row */
 #define SLOTS 64  /* of a history at most, as in kernels/rows.py */
 
@@ -485,12 +485,13 @@ static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py
 
 static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 15))
+    if (!counted(count, 20))
         return NULL;
     Given given = {args};
     Glance job = {.rows = whole(&given)};
     job.channels = whole(&given);
     job.positions = whole(&given);
+    job.parts = whole(&given);
     job.hidden = whole(&given);
     job.scores = whole(&given);
     job.per_channel = whole(&given);
@@ -501,11 +502,16 @@ static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
     job.w2 = address(&given);
     job.b2 = address(&given);
     job.threshold = address(&given);
+    job.mean = address(&given);
+    job.variance = address(&given);
     job.score = address(&given);
     job.eps = real(&given);
+    job.least = real(&given);
+    job.slope = (float)real(&given);
     if (PyErr_Occurred())
         return NULL;
-    float *space = PyMem_Malloc((size_t)(ABREAST * (job.channels + job.hidden)) * sizeof(float));
+    const ptrdiff_t width = job.parts * job.channels;
+    float *space = PyMem_Malloc((size_t)(width + ABREAST * (width + job.hidden)) * sizeof(float));
     if (!space)
         return PyErr_NoMemory();
     int closed;

@@ -110,6 +110,11 @@ class TemporalSpan(Origin):
     def check_gate(self) -> None:
         """Raise :class:`OptionError` if the gate has an option that temporal wormholes cannot follow."""
         gate = self.gate
+        if gate.peaks:
+            raise OptionError(
+                f"The gate of {self.span!r} has peaks=True, and what a temporal wormhole's gate sees has no "
+                "positions to take maxima over. Leave the gate's option peaks out."
+            )
         if not isinstance(gate, LearnedGate):
             return
         if gate.per != "sample":
