@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import twnn_plugin as tw
 
+ADJOINTS = ["implicit", "ad_fixed_point", "unrolled", "checkpointed", "phantom", "one_step"]
 WEIGHT = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[
     0
 ]
@@ -209,3 +211,40 @@ def test_vectorised_derivatives_say_what_to_use_instead(derivative):
             lambda x: tw.fix(lambda z, x: torch.tanh(z @ w + x), torch.zeros_like(x), x).value,
             torch.randn(3, 4, dtype=torch.float64),
         )
+
+
+# Where no row is finite ------------------------------------------------------------------------------
+
+
+def viewed(z, c, w):
+    """A map that cannot take an empty batch."""
+    return torch.tanh(z.view(z.shape[0], -1) @ w).view_as(z) + c
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize("kind", ["at once", "later", "with its derivative"])
+def test_where_no_row_is_finite_the_map_is_given_no_empty_batch(adjoint, kind):
+    w, start = weight(0.2), torch.zeros(3, 4, dtype=torch.float64)
+    x = torch.full_like(start, math.nan if kind == "at once" else 1e200).requires_grad_()
+
+    def f(z, c):
+        grown = viewed(z, c, w)
+        return grown if kind == "at once" else grown + z * c
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tw.ConvergenceWarning)
+        solution = tw.fix(f, start, x, adjoint=adjoint, solver="picard", norm="max")
+    assert bool((solution.status != tw.Status.converged).all())
+    gradients = torch.autograd.grad(
+        solution.value.nansum(), (w, x), create_graph=kind == "with its derivative"
+    )
+    assert all(float(gradient.detach().abs().sum()) == 0.0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_the_derivative_of_an_empty_batch_has_one_itself(adjoint):
+    w = weight(0.2)
+    x = torch.zeros(0, 4, dtype=torch.float64)
+    solution = tw.fix(lambda z, c: torch.tanh(z @ w + c), x, x, adjoint=adjoint)
+    (gradient,) = torch.autograd.grad(solution.value.sum(), w, create_graph=True)
+    assert gradient.shape == w.shape and float(gradient.detach().abs().sum()) == 0.0

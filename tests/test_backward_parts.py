@@ -319,3 +319,75 @@ def test_a_small_part_is_as_right_in_float32(tol):
     (found,) = torch.autograd.grad(solution.value[0].sum(), small)
     assert float((found - expected).norm()) < (3 * tol + 1e-4) * float(expected.norm())
     assert bool((solution.adjoint.status == Status.converged).all())
+
+
+# Rows whose cotangents have no size ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cotangent", [NAN, math.inf, 1e300])
+@pytest.mark.parametrize("solver", [None, "gcr", "picard"])
+def test_a_cotangent_without_a_size_changes_no_other_row(solver, cotangent):
+    p, x = drawn(6, 6, seed=3), X.clone().requires_grad_()
+
+    def gradient(first):
+        adjoint = tw.adjoint("implicit", solver=solver, tol=1e-2)
+        solution = tw.fix(lambda z, c: branches(z, c, p), START, x, tol=1e-9, max_iter=1000, adjoint=adjoint)
+        g = torch.ones(4, 6, dtype=f64)
+        g[0] = first
+        (found,) = torch.autograd.grad(solution.value[0], x, g)
+        assert solution.adjoint is not None
+        return found[1:], solution.adjoint
+
+    (expected, _), (found, report) = gradient(1.0), gradient(cotangent)
+    assert bool((report.status[1:] == Status.converged).all())
+    assert far(found, expected) < 1e-6  # what they would be off by without an attempt of their own: 6e-3
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_part_too_large_for_its_norm_leaves_the_gradient_finite(transformed):
+    """The row ran out of iterations, with a state that is finite and whose squares are not."""
+    w = torch.tensor(0.5)
+    big, start = torch.tensor([[1.0] * 4, [1e30] * 4]), (torch.zeros(2, 3), torch.zeros(2, 4))
+
+    def loss(w, first):
+        solution = quietly(
+            lambda z, c, d: (w * z[0] + c, w * z[1] + d),
+            start,
+            first,
+            big,
+            max_iter=1,
+            stop="abs",
+            norm="max",
+        )
+        return solution.value[0].sum()
+
+    first = torch.ones(2, 3)
+    if transformed:
+        gradients = torch.func.grad(loss, argnums=(0, 1))(w, first)
+    else:
+        given = (w.requires_grad_(), first.requires_grad_())
+        gradients = torch.autograd.grad(loss(*given), given)
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_an_attempt_for_a_part_that_leads_away_is_not_taken(coupled):
+    """The second part's series diverges, which little shows of while it is small beside the first."""
+    a = torch.tensor([0.5, 0.4, 0.3], dtype=f64)
+    x, y = torch.ones(2, 3, dtype=f64, requires_grad=True), torch.full((2, 3), -0.1, dtype=f64)
+    y.requires_grad_()
+    solution = tw.fix(
+        lambda z, x, y: (a * z[0] + x, 1.1 * z[1] + y),
+        ((x / (1 - a)).detach(), (-10 * y).detach()),
+        x,
+        y,
+        tol=1e-6,
+        coupled=coupled,
+        adjoint=tw.adjoint("implicit", solver="picard", tol=1e-2, max_iter=60),
+    )
+    g = torch.ones(2, 3, dtype=f64), torch.tensor([[1e-4], [0.0]], dtype=f64).expand(2, 3)
+    u, v = torch.autograd.grad(solution.value, (x, y), g)
+    assert solution.adjoint is not None
+    assert solution.adjoint.status.tolist() == [Status.max_iter, Status.converged]
+    rest = torch.cat([a * u + g[0] - u, 1.1 * v + g[1] - v], dim=1)
+    assert bool((rest.norm(dim=1) <= 1e-2 * g[0].norm(dim=1)).all())  # as the attempt before had it

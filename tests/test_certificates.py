@@ -476,3 +476,24 @@ def test_the_documented_snippets_print_what_the_document_says():
         for mine, theirs in zip(re.findall(number, printed), re.findall(number, expected), strict=True):
             slack = 0.5 if "e" in theirs else 0.05
             assert float(mine) == pytest.approx(float(theirs), rel=slack, abs=1e-12), (code, printed)
+
+
+def test_the_certificate_where_no_row_is_finite_asks_nothing_of_an_empty_batch():
+    w = torch.nn.Parameter(0.1 * torch.eye(3))
+
+    def f(z, x):  # which cannot take one
+        return (z.view(z.shape[0], -1) @ w + x).view_as(z)
+
+    x = torch.full((2, 3), float("nan"))
+    with pytest.warns(tw.ConvergenceWarning):
+        solution = tw.fix(f, torch.zeros(2, 3), x)
+    found = tw.certify(f, solution, x)
+    assert bool(found.residual.isnan().all()) and float(found.gradient.weights) == 0.0
+
+
+@pytest.mark.parametrize("residual", [-1, -0.5, torch.tensor([0.1, -0.1])])
+def test_a_negative_residual_is_refused(residual):
+    with pytest.raises(tw.OptionError, match="not negative"):
+        tw.gradient_error(
+            lambda z, x: 0.5 * z + x, torch.zeros(2, 3), torch.ones(2, 3), adjoint_residual=residual
+        )

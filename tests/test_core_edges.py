@@ -79,6 +79,18 @@ def test_a_row_that_is_done_where_it_starts_has_its_gradient_in_company_too(solv
     torch.testing.assert_close(gradient(torch.cat([still, torch.ones(2, 3)])), torch.ones(1, 3))
 
 
+@pytest.mark.parametrize("adjoint", ["unrolled", "checkpointed"])
+def test_a_row_that_is_done_where_it_starts_has_its_gradient_beside_one_that_overflows(adjoint):
+    x = torch.tensor([[1.0, 1.0], [0.0, 0.0]], requires_grad=True)
+    gain = torch.tensor([[1e15], [1.0]])  # two steps, then a number without a norm
+    solution = quietly(
+        lambda z, x, gain: 0.5 * gain * z + x, torch.zeros(2, 2), x, gain, adjoint=adjoint, solver="picard"
+    )
+    assert solution.status.tolist() == [tw.Status.non_finite, tw.Status.converged]
+    (gradient,) = torch.autograd.grad(solution.value[1].sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+
+
 def test_a_start_that_wants_a_gradient_keeps_it_where_nothing_moves():
     start = torch.zeros(2, 3, requires_grad=True)
     x = torch.tensor([[0.0] * 3, [1.0] * 3])

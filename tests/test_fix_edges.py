@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch.autograd.functional import jacobian as plain_jacobian
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import twnn_plugin as tw
+from twnn_plugin import kernels
 from twnn_plugin.errors import ConvergenceWarning, MapError, OptionError
 from twnn_plugin.types import Status
 
@@ -186,6 +188,21 @@ def test_the_small_part_of_a_state_must_settle_too(norm):
     start = (torch.zeros(2, 4), torch.zeros(2, 4))
     solved = tw.fix(f, start, torch.ones(2, 4), norm=norm, tol=1e-3, solver="picard", max_iter=500)
     torch.testing.assert_close(solved.value[1], torch.full((2, 4), 2e-3), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("check_every", [1, 3])
+@pytest.mark.parametrize("solver", ["picard", "anderson", "auto", "newton_krylov"])
+def test_a_part_too_large_for_its_norm_is_not_at_rest(solver, check_every, compiled):
+    """Beside a norm that is infinite every change is small, and the other part would decide alone."""
+
+    def f(z: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.clone(), 1e25 * x - z[1]
+
+    start = (torch.ones(2, 4), torch.zeros(2, 4))
+    with contextlib.nullcontext() if compiled else kernels.disabled(), pytest.warns(ConvergenceWarning):
+        solved = tw.fix(f, start, torch.ones(2, 4), norm="max", solver=solver, check_every=check_every)
+    assert bool((solved.status == Status.non_finite).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -399,3 +416,69 @@ def test_options_of_fix_of_the_wrong_kind(option):
 def test_what_is_no_function_is_refused():
     with pytest.raises(MapError, match="f must be a function"):
         tw.fix(None, torch.ones(2, 3))  # type: ignore[arg-type]
+
+
+# Unrolled steps under torch.func --------------------------------------------------------------------
+
+
+def steps_of(adjoint: str, w: Tensor, x: Tensor, start: Tensor, every: int | None = None) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return tw.fix(
+            lambda z, c: torch.tanh(z @ w) + c,
+            start,
+            x,
+            adjoint=adjoint,
+            solver="picard",
+            tol=1e-12,
+            max_iter=300,
+            check_every=every,
+        ).value
+
+
+@pytest.mark.parametrize("every", [None, 3])
+@pytest.mark.parametrize("kind", ["at once", "later"])
+def test_unrolled_under_torch_func_leaves_broken_rows_out(kind, every):
+    w, x = 0.2 * drawn(3, 3), drawn(4, 3, seed=1)
+    x[1] = float("nan") if kind == "at once" else 1e200
+
+    def loss(w: Tensor) -> Tensor:
+        def f(z: Tensor, c: Tensor) -> Tensor:
+            return torch.tanh(z @ w) + c + z * c * 1e-3 * (c > 1e100)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            solved = tw.fix(f, torch.zeros(4, 3, dtype=f64), x, adjoint="unrolled", check_every=every)
+        return solved.value[[0, 2, 3]].sin().sum()
+
+    at = w.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(at), at)
+    assert bool(torch.isfinite(expected).all())
+    torch.testing.assert_close(grad(loss)(w), expected)
+    torch.testing.assert_close(jacfwd(loss)(w), expected)
+
+
+@pytest.mark.parametrize("start", [torch.zeros_like, lambda x: torch.zeros(x.shape, dtype=f64)])
+def test_unrolled_under_torch_func_has_the_derivative_of_rows_at_rest(start):
+    """One row begins at its solution, no step is made of it, and it is not a constant for that."""
+    w, x = 0.2 * drawn(3, 3), drawn(3, 3, seed=1)
+    x[1] = 0.0
+
+    def solve(x: Tensor) -> Tensor:
+        return steps_of("unrolled", w, x, start(x))
+
+    expected = plain_jacobian(solve, x)
+    assert float(expected[1, :, 1].norm()) > 1.0
+    for derivative in (jacrev, jacfwd):
+        torch.testing.assert_close(derivative(solve)(x), expected)
+    tangent = drawn(3, 3, seed=2)
+    twice = jvp(grad(lambda x: solve(x).sin().sum()), (x,), (tangent,))[1]
+    curved = plain_hessian(lambda x: solve(x).sin().sum(), x)
+    torch.testing.assert_close(twice, torch.einsum("abij,ij->ab", curved, tangent))
+
+
+def test_unrolled_under_torch_func_leaves_the_derivative_of_the_start_to_it():
+    w, nothing = 0.2 * drawn(3, 3), torch.zeros(2, 3, dtype=f64)
+    for derivative in (jacrev, jacfwd):
+        found = derivative(lambda start: steps_of("unrolled", w, nothing, start))(nothing)
+        torch.testing.assert_close(found.view(6, 6), torch.eye(6, dtype=f64))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["active", "wraps"]
+__all__ = ["active", "constant", "wraps"]
 
 
 def active() -> bool:
@@ -21,3 +23,18 @@ def wraps(*values: object) -> bool:
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
     return any(isinstance(x, Tensor) and wrapped(x) for x in values)
+
+
+def constant(tensor: Tensor) -> bool:
+    """Whether nothing is differentiated through a tensor, at any of the levels that are at work."""
+    if tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None:
+        return False
+    if not wraps(tensor):
+        return True
+    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack  # noqa: PLC0415 - see above
+
+    # What another level knows of it, only that level tells: the inner ones are asked without those around.
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    outermost = functorch.maybe_get_level(tensor) == functorch.maybe_current_level()
+    with temporarily_pop_interpreter_stack():
+        return constant(functorch.get_unwrapped(tensor) if outermost else tensor)

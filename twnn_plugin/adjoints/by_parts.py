@@ -55,7 +55,8 @@ def solve_by_parts(
         if not settings.coupled and not bool((asked & (at_most > settings.tol * own)).any()):
             break
         problem = make()
-        rest = _norms(problem.evaluate(solved.value) - solved.value, sizes)
+        apart = problem.evaluate(solved.value) - solved.value
+        rest = _norms(apart, sizes)
         spent += problem.evaluations
         missed = asked & (rest > settings.tol * own)
         if not bool(missed.any()):
@@ -64,14 +65,17 @@ def solve_by_parts(
         drowned = asked & (own <= noise * largest)
         units = _spread(torch.where(drowned, largest / own, 1.0), sizes)
         problem = make().in_units(units)
-        wanted = torch.where(missed, settings.tol * torch.where(drowned, largest, own), torch.inf)
-        wanted = (wanted / torch.linalg.vector_norm(problem.g, dim=1)[:, None]).amin()
+        size = torch.linalg.vector_norm(problem.g, dim=1)
+        wanted = settings.tol * torch.where(drowned, largest, own) / size[:, None]
+        # Not of rows whose cotangent has no norm, or is NaN: nobody could meet what that asks of all.
+        wanted = torch.where(missed & (wanted > 0), wanted, torch.inf).amin()
         tighter = replace(settings, tol=float(wanted.clamp(max=settings.tol / 2)))
         better = solve_linear(problem, tighter, units * solved.value)
         spent += problem.evaluations
+        worse = _worse(better, size, torch.linalg.vector_norm(units * apart, dim=1), settings.coupled)
         better = replace(better, value=better.value / units)
         # That no more can be known of a part that is drowned is no failure.
-        solved = _joined(solved, better, (missed & ~drowned).any(dim=1))
+        solved = _joined(solved, better, (missed & ~drowned).any(dim=1), worse)
     return solved, spent
 
 
@@ -85,12 +89,29 @@ def _norms(x: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in x.split(list(sizes), dim=1)], dim=1)
 
 
-def _joined(solved: Outcome, better: Outcome, missed: Tensor) -> Outcome:
-    """The second attempt, where it did not fail, with all products; rows that had met the rule keep that."""
-    failed = (better.status == int(Status.diverged)) | (better.status == int(Status.non_finite))
+def _worse(better: Outcome, size: Tensor, before: Tensor, coupled: bool) -> Tensor:
+    """(b,) rows that a second attempt failed in, and left farther from a solution than the first one had.
+
+    Args:
+        better: the second attempt.
+        size: (b,) of its right-hand sides, which its residuals are relative to.
+        before: (b,) the residuals that it began with.
+        coupled: whether the rows are one system, of which all or nothing is taken.
+    """
+    failed, after = better.status != int(Status.converged), better.residual * size
+    gone = (better.status == int(Status.diverged)) | (better.status == int(Status.non_finite))
+    if not coupled:
+        return gone | (failed & ~(after <= before))
+    total = torch.linalg.vector_norm
+    after = better.residual * (total(size) / size.numel() ** 0.5)  # relative to what rows have on average
+    return (gone.any() | (failed.any() & ~(total(after) <= total(before)))).expand_as(failed)
+
+
+def _joined(solved: Outcome, better: Outcome, missed: Tensor, worse: Tensor) -> Outcome:
+    """The second attempt, where it is no worse, with all products; rows that had met the rule keep that."""
     return Outcome(
-        torch.where(failed[:, None], solved.value, better.value),
+        torch.where(worse[:, None], solved.value, better.value),
         torch.where(missed, better.status, solved.status),
         solved.steps + better.steps + 1,
-        torch.where(failed, solved.residual, better.residual),
+        torch.where(worse, solved.residual, better.residual),
     )

@@ -19,7 +19,18 @@ from ..types import Status
 from .capture import Capture, announce
 from .equation import Call
 
-__all__ = ["Again", "Pull", "Tape", "attach", "check_rows", "graft", "hooked", "looked_into", "refuse"]
+__all__ = [
+    "Again",
+    "Pull",
+    "Tape",
+    "attach",
+    "check_rows",
+    "graft",
+    "hooked",
+    "looked_into",
+    "of_nobody",
+    "refuse",
+]
 
 
 class _Source(torch.autograd.Function):
@@ -204,13 +215,13 @@ class Tape:
     def _agrees(self, some: Tape, places: Tensor | None) -> bool:
         """Whether an evaluation of some of the rows is one of the same function."""
         # What f closes over may have been made of leaves, which this graph begins with as well.
-        same = some.begins_with(self.inputs) or some.begins_with(list(self._leaves()))
+        same = some.begins_with(self.inputs) or some.begins_with(list(self.leaves()))
         return same and self.gives(some.fz, places)
 
     def begins_with(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the graph begins with no other tensors than these, and the state."""
         known = {id(tensor) for tensor in tensors}
-        return all(id(leaf) in known for leaf in self._leaves())
+        return all(id(leaf) in known for leaf in self.leaves())
 
     @torch.no_grad()
     def gives(self, values: Tensor, places: Tensor | None = None) -> bool:
@@ -225,9 +236,9 @@ class Tape:
 
     def reaches_a_leaf(self) -> bool:
         """Whether the value depends on anything, besides the state, that wants a gradient."""
-        return next(self._leaves(), None) is not None
+        return next(self.leaves(), None) is not None
 
-    def _leaves(self) -> Iterator[Tensor]:
+    def leaves(self) -> Iterator[Tensor]:
         """The tensors, besides the state, that the graph begins with and whose gradients are accumulated."""
         assert isinstance(self.z, Tensor)
         if self.fz.requires_grad and self.fz.grad_fn is None:  # f returns what it closes over, as it is
@@ -360,6 +371,20 @@ def _taped(call: Call, value: Tensor, broken: Tensor | None) -> tuple[Tape, Tens
     return Tape(call, value if rows is None else value[rows], rows, attached=True), rows
 
 
+def of_nobody(call: Call, outcome: Outcome) -> Outcome:
+    """The outcome where no row has a gradient: a loss of it still has one, of zeros, for all that ``f`` uses.
+
+    What that is shows where the solve began. An empty batch need be nothing that ``f`` knows how to take.
+    """
+    tape = Tape(call, call.z0.detach(), None, attached=True)
+    value = outcome.value.detach()
+    for tensor in (call.z0, *tape.inputs, *tape.leaves()):
+        if tensor.requires_grad:
+            nothing = tensor[..., None][..., :0].sum()  # zero, and no product with what may be NaN
+            value = value + (nothing.real if nothing.is_complex() else nothing).to(value.dtype)
+    return replace(outcome, value=value)
+
+
 def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
     """Give the outcome's value a gradient by one evaluation of ``f`` with a graph.
 
@@ -384,20 +409,22 @@ def graft(call: Call, outcome: Outcome, pull: Pull, again: Again) -> Outcome:
         broken = wrong if broken is None else broken | wrong
     if call.control.coupled:  # f is a map of the whole batch: of some rows it is another one
         broken = None
+    if outcome.value.shape[0] == 0 or (broken is not None and bool(broken.all())):
+        return of_nobody(call, outcome)
     tape, rows = _taped(call, outcome.value, broken)
     if int(Status.diverged) in found and not call.control.coupled:
         over = ~torch.isfinite(tape.fz.detach()).all(dim=1)  # finite themselves, with values that are not
         if bool(over.any()):
             broken = over if rows is None or broken is None else broken.index_copy(0, rows, over)
+            if bool(broken.all()):
+                return of_nobody(call, outcome)
             tape, rows = _taped(call, outcome.value, broken)
     z = outcome.value if rows is None else outcome.value[rows]
     start = call.z0 if call.z0.requires_grad else None
-    nobody = z.shape[0] == 0  # and still a loss, of nothing, that has a gradient, of zeros
-    if not nobody:
-        assert isinstance(tape.z, Tensor)
-        outcome = check_rows(call, outcome, tape.z, tape.fz, rows)
-    if nobody or not tape.reaches_a_leaf():
-        if start is None and not tape.reaches_a_leaf():
+    assert isinstance(tape.z, Tensor)
+    outcome = check_rows(call, outcome, tape.z, tape.fz, rows)
+    if not tape.reaches_a_leaf():
+        if start is None:
             return outcome
         # The start alone wants a gradient, which is zero: nothing is solved for.
         value = attach(

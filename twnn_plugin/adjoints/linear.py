@@ -146,7 +146,9 @@ def units_of(z: Tensor, sizes: Sequence[int]) -> Tensor | None:
     sized = []
     for part, size in zip(z.split(list(sizes), dim=1), sizes, strict=True):
         rms = torch.linalg.vector_norm(part, dim=1, keepdim=True) / max(size, 1) ** 0.5
-        sized.append(torch.where(rms > 0, rms, 1.0).expand(-1, size))
+        # Of a part too large for its norm there is none, and infinity would make NaN of finite cotangents.
+        sound = (rms > 0) & torch.isfinite(rms)
+        sized.append(torch.where(sound, rms, 1.0).expand(-1, size))
     return torch.cat(sized, dim=1)
 
 

@@ -15,7 +15,7 @@ from ..types import AdjointReport, Status
 from .approximate import told
 from .base import Adjoint
 from .equation import Call
-from .graft import attach, check_rows, refuse
+from .graft import attach, check_rows, of_nobody, refuse
 
 __all__ = ["Phantom"]
 
@@ -54,11 +54,15 @@ class Phantom(Adjoint):
         good = torch.isfinite(outcome.value).all(dim=1) & (outcome.status != int(Status.non_finite))
         if call.control.coupled:  # f is a map of the whole batch: of some rows it is another one
             good = torch.ones_like(good)
+        if not bool(good.any()):
+            return of_nobody(call, outcome)
         outcome, z, rows = self._steps(call, outcome, good)
         finite = torch.isfinite(z.detach()).all(dim=1)
         # Rows that diverged so far that the steps overflow.
         if not call.control.coupled and not bool(finite.all()):
             good = finite if rows is None else good.index_copy(0, rows, finite)
+            if not bool(good.any()):
+                return of_nobody(call, outcome)
             outcome, z, rows = self._steps(call, outcome, good)
         start = outcome.value if rows is None else outcome.value[rows]
         begin = call.z0 if call.z0.requires_grad else None
@@ -82,7 +86,7 @@ class Phantom(Adjoint):
         equation = call.equation(rows)
         for step in range(self.steps):
             fz = equation.evaluate(z)
-            if step == 0 and z.shape[0]:
+            if step == 0:
                 outcome = check_rows(call, outcome, z, fz, rows)
             z = torch.lerp(z, fz, self.damping)
         call.evaluations += equation.evaluations

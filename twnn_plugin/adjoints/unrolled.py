@@ -13,6 +13,7 @@ from ..solvers import Outcome
 from ..types import AdjointReport, Status
 from .base import Adjoint
 from .equation import Call
+from .graft import of_nobody
 
 __all__ = ["Unrolled"]
 
@@ -34,11 +35,14 @@ class Unrolled(Adjoint):
 
     def _solve(self, call: Call) -> Outcome:
         outcome = call.solve()
-        if not torch.is_grad_enabled() or not call.context or transforms.active() or call.control.coupled:
+        if not torch.is_grad_enabled() or not call.context or call.control.coupled:
             return outcome
         broken = outcome.status == int(Status.non_finite)
         if not bool(broken.any()):
             return outcome
+        if bool(broken.all()):  # no tensor need be found for torch.func to have its zeros
+            constant = replace(outcome, value=outcome.value.detach())
+            return constant if transforms.active() else of_nobody(call, outcome)
         # The evaluations of a row with NaN would make the gradient of every weight NaN, even that of a loss
         # which ignores the row: the others are solved for without it. They are independent of it.
         left_out = broken if call.settled is None else broken | call.settled
@@ -55,11 +59,12 @@ class Unrolled(Adjoint):
         # Rows that no step was made of: one evaluation gives them their share of the gradient.
         still = outcome.steps <= 1
         which = torch.zeros_like(still) if call.settled is None else call.settled
-        everywhere = not outcome.value.requires_grad and bool(still.all())
-        unmoved = not transforms.active() and not call.z0.requires_grad  # a start that depends on nothing
-        if unmoved and (everywhere or outcome.value.requires_grad):
+        cut_off = outcome.status == int(Status.non_finite)  # whatever steps those rows made
+        everywhere = not outcome.value.requires_grad and bool((still | cut_off).all())
+        unmoved = transforms.constant(call.z0)
+        if unmoved and (everywhere or outcome.value.requires_grad or transforms.active()):
             which = which | (still & (outcome.status == int(Status.converged)))
-        if bool(which.any()) or (unmoved and everywhere):
+        if bool(which.any()) or (unmoved and everywhere and not call.z0.shape[0]):
             return _evaluated(call, outcome, which)
         return outcome
 

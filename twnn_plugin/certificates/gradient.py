@@ -160,11 +160,12 @@ def _per_row(residual: Tensor | float, like: Tensor) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         tensor = None
     good = tensor is not None and not tensor.is_complex() and tensor.dtype is not torch.bool
-    if tensor is None or not good or tensor.shape not in ((), (1,), like.shape[:1]):
-        got = repr(residual) if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
+    fits = good and tensor is not None and tensor.shape in ((), (1,), like.shape[:1])
+    if tensor is None or not fits or bool((tensor < 0).any()):
+        got = f"{residual!r:.40}" if tensor is None or fits else f"{tuple(tensor.shape)} of {tensor.dtype}"
         raise OptionError(
-            f"adjoint_residual must be a number, or a tensor of shape ({like.shape[0]},), one for each row; "
-            f"got {got}."
+            f"adjoint_residual must be a number, or a tensor of shape ({like.shape[0]},), one for each row, "
+            f"and not negative; got {got}."
         )
     return tensor.to(like.dtype).expand(like.shape[0])
 
@@ -197,9 +198,11 @@ def _weights(
 ) -> Tensor | None:
     """Relative change of the gradient of what ``f`` closes over, from the first end to the second.
 
-    None if ``f`` closes over nothing that wants a gradient.
+    None if ``f`` closes over nothing that wants a gradient, or no row is finite.
     """
     sound = (cotangents[0] + cotangents[1] + states[1]).isfinite().all(dim=1)
+    if not bool(sound.any()):  # an empty batch need be nothing that f knows how to take
+        return None
     if not bool(sound.all()):
         if not context:  # f may close over the batch: rows cannot be left out
             return states[0].new_tensor(float("nan"))

@@ -114,8 +114,9 @@ INLINE void N(worst)(const T *f, const T *z, T *r, int keep, ptrdiff_t n, const 
             c = N(largest)(f, z, width);
             s /= SQRT((T)width);
         }
-        const T ratio = c / (s + floor);
-        if (ratio > worst || (ratio != ratio && worst == worst)) { /* NaN counts as the largest */
+        /* NaN counts as the largest, and so does a part too large for its norm: no change is small beside that. */
+        const T ratio = s < (T)INFINITY ? c / (s + floor) : (T)NAN;
+        if (ratio > worst || (ratio != ratio && worst == worst)) {
             worst = ratio;
             *change = c;
             *size = s;

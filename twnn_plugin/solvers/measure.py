@@ -31,7 +31,9 @@ def measure(r: Tensor, fz: Tensor, norm: str, parts: tuple[int, ...] = ()) -> tu
     if parts:
         each = zip(r.split(list(parts), dim=1), fz.split(list(parts), dim=1), strict=True)
         change, size = (torch.stack(x) for x in zip(*(measure(a, b, norm) for a, b in each), strict=True))
-        worst = (change / (size + EPS)).argmax(dim=0, keepdim=True)  # NaN counts as the largest
+        # NaN counts as the largest, and so does a part too large for its norm: no change is small beside it.
+        apart = torch.where(size < torch.inf, change / (size + EPS), torch.nan)
+        worst = apart.argmax(dim=0, keepdim=True)
         return change.gather(0, worst)[0], size.gather(0, worst)[0]
     size = _norm(fz, dim=1)
     if norm == "l2":
