@@ -180,6 +180,8 @@ def test_a_corrupt_checkpoint(run_folder, tmp_path):
         assert result.exit_code == 2
         assert "half.pth.tar is not a readable checkpoint" in result.stderr
         assert result.stderr.count("\n") == 1
+    path.write_text("hello")
+    assert "its bytes are not those of a checkpoint" in twnn("eval", "--checkpoint", path).stderr
 
 
 def test_weights_alone_need_a_model(run_folder, tmp_path):

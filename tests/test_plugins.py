@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import types
 import warnings
 from dataclasses import dataclass
@@ -70,6 +71,21 @@ def installed(monkeypatch):
         return [EntryPoint(name, f"{name}_package", "twnn_plugin") for name in modules]
 
     return install
+
+
+def test_a_plugin_that_fails_takes_no_other_threads_plugin_with_it(host, registries):
+    second = plugin("second", gates=lambda register: register("theirs", Thing))
+    other = threading.Thread(target=host.add, args=(second, "second", "second"))
+
+    def fails(register):
+        other.start()
+        other.join(timeout=0.5)  # it waits for this one to be dealt with
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        host.add(plugin("first", solvers=fails), "first", "first")
+    other.join()
+    assert "second" in host.loaded() and registries["gates"].names() == ["theirs"]
 
 
 # ------------------------------------------------------------------------------------------- the hooks

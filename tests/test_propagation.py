@@ -247,6 +247,18 @@ def test_reversible_keeps_nothing_between_the_layers():
     assert kept[False, 100] > 8 * kept[False, 10]
 
 
+def test_reversible_layers_that_share_weights_have_one_gradient_of_them():
+    # With one gradient a layer a thousand layers took the memory that their states were spared.
+    given = []
+    for layers in (3, 30):
+        block = make("verlet", layers=layers, shared=True, reversible=True)
+        node = block(rows(2, 6).requires_grad_()).grad_fn
+        while "Reversible" not in node.name():
+            node = node.next_functions[0][0]
+        given.append(len(node.next_functions))
+    assert given[0] == given[1]
+
+
 def test_reversible_says_what_it_cannot_do():
     block = make("verlet", layers=3, reversible=True)
     x = rows(2, 6).requires_grad_()

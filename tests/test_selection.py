@@ -215,6 +215,18 @@ class TestTraining:
             lambda x: net(x).sum(dim=0), (x,), atol=1e-6, rtol=1e-4, nondet_tol=1e-8, fast_mode=True
         )
 
+    def test_a_layer_chosen_twice_keeps_its_unrolled_gradient_in_eval_mode(self) -> None:
+        # The second solve begins at its solution and takes one step: the rest comes through its start.
+        x, grads = _images(2).double().requires_grad_(), []
+        for adjoint in ("unrolled", "implicit"):
+            settings = SolveSettings(tol=1e-10, max_iter=200, adjoint=adjoint, solver="picard")
+            net = Net(Fixed([2, 2], [2, 2]), connection=Connection(scale=0.5), settings=settings)
+            net.double().eval()(x).square().sum().backward()
+            assert x.grad is not None
+            grads.append(x.grad)
+            x.grad = None
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-9)
+
     def test_every_parameter_gets_a_gradient_whatever_is_chosen(self) -> None:
         for policy in (Fixed([0] * 6), Fixed([1] * 6), tw.policy("dynalay")):
             net = Net(policy).train()

@@ -64,6 +64,7 @@ def test_torchs_states_are_taken_and_given_back():
     expected, after = plain(sequences(), given)
     assert torch.equal(out, expected)
     assert all(torch.equal(a, b) for a, b in zip(state.torch(), after, strict=True))
+    assert all(part.is_contiguous() for part in state.torch())  # cuDNN refuses others
 
 
 def test_plain_checkpoints_load_strictly():

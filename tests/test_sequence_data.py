@@ -93,7 +93,9 @@ def test_a_models_answer_does_not_depend_on_padding(readout):
     model = SequenceModel(3, 2, 8, 2, readout=readout, wormholes="auto", gate="always", tol=1e-6).eval()
     x = torch.randn(3, 9, 3)
     with torch.no_grad():
-        together = model(x, lengths=torch.tensor([9, 5, 2]))[1]
+        every = model(x, lengths=torch.tensor([9, 5, 2]))
+        assert torch.equal(model(x, lengths=[9, 5, 2]), every)  # a list will do, as for a stack
+        together = every[1]
         alone = model(x[1:2, :5])[0]
     if readout == "all":
         together = together[:5]

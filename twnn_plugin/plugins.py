@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -60,6 +61,9 @@ class PluginHost:
         self._loaded: dict[str, str] = {}
         self._failures: dict[str, str] = {}
         self._waiting: list[tuple[str, metadata.EntryPoint]] = []
+        # A plugin that comes or goes puts the registries back as a whole: two at once would undo each other.
+        # Not held while a plugin is imported, which waits for locks of Python's own.
+        self._changing = threading.RLock()
         for registry in registries.values():
             registry.before_lookup = self._load_waiting
 
@@ -97,24 +101,25 @@ class PluginHost:
             pluggy.PluginValidationError: a hook is misspelled or has a wrong signature.
             TypeError: the object implements no hook.
         """
-        with self._all_or_nothing():
-            before = self._entries() if before is None else before
-            self._refuse_known(plugin, name)
-            self._manager.register(plugin, name)
-            self._check_hooks(plugin, name)
-            others = [other for _, other in self._manager.list_name_plugin() if other is not plugin]
-            for hook, registry in self._registries.items():
-                call = self._manager.subset_hook_caller(hook, others)
-                call(register=self._bind(registry, owner, guard))
-            self._displaced[name] = {
-                (hook, key): (entry, before[hook].get(key))
-                for hook, entries in self._entries().items()
-                for key, entry in entries.items()
-                if before[hook].get(key) is not entry
-            }
-        self._loaded[name] = f"{owner} {version}".strip()
-        self._failures.pop(name, None)
-        self._tell()
+        with self._changing:
+            with self._all_or_nothing():
+                before = self._entries() if before is None else before
+                self._refuse_known(plugin, name)
+                self._manager.register(plugin, name)
+                self._check_hooks(plugin, name)
+                others = [other for _, other in self._manager.list_name_plugin() if other is not plugin]
+                for hook, registry in self._registries.items():
+                    call = self._manager.subset_hook_caller(hook, others)
+                    call(register=self._bind(registry, owner, guard))
+                self._displaced[name] = {
+                    (hook, key): (entry, before[hook].get(key))
+                    for hook, entries in self._entries().items()
+                    for key, entry in entries.items()
+                    if before[hook].get(key) is not entry
+                }
+            self._loaded[name] = f"{owner} {version}".strip()
+            self._failures.pop(name, None)
+            self._tell()
 
     def remove(self, name: str) -> None:
         """Take a plugin out, with the names it registered; a name it had taken over is given back.
@@ -123,19 +128,22 @@ class PluginHost:
             UnknownNameError: no such plugin is loaded.
             OptionError: it is the built-ins.
         """
-        if name not in self._loaded:
-            known = [one for one in self._loaded if one != self.home]
-            listed = ", ".join(known) or "none"
-            raise UnknownNameError(
-                f"No plugin {name!r} is loaded.{nearest(str(name), known)} Loaded: {listed}."
-            )
-        if name == self.home:
-            raise OptionError("The built-ins cannot be taken out; register replacements with replace=True.")
-        self._manager.unregister(name=name)
-        del self._loaded[name]
-        for (hook, key), (entry, previous) in self._displaced.pop(name).items():
-            self._put_back(hook, key, entry, previous)
-        self._tell()
+        with self._changing:
+            if name not in self._loaded:
+                known = [one for one in self._loaded if one != self.home]
+                listed = ", ".join(known) or "none"
+                raise UnknownNameError(
+                    f"No plugin {name!r} is loaded.{nearest(str(name), known)} Loaded: {listed}."
+                )
+            if name == self.home:
+                raise OptionError(
+                    "The built-ins cannot be taken out; register replacements with replace=True."
+                )
+            self._manager.unregister(name=name)
+            del self._loaded[name]
+            for (hook, key), (entry, previous) in self._displaced.pop(name).items():
+                self._put_back(hook, key, entry, previous)
+            self._tell()
 
     def _put_back(self, hook: str, key: str, entry: Entry, previous: Entry | None) -> None:
         registry = self._registries[hook]

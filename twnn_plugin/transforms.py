@@ -31,7 +31,7 @@ def constant(tensor: Tensor) -> bool:
         return False
     if not wraps(tensor):
         return True
-    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack  # noqa: PLC0415 - see above
+    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
     # What another level knows of it, only that level tells: the inner ones are asked without those around.
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

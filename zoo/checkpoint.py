@@ -50,7 +50,7 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         aside.unlink(missing_ok=True)
         raise CheckpointError(
-            f"Cannot write the checkpoint {path}: {error}. An older one is untouched."
+            f"Cannot write the checkpoint {path}: {error}. Is the disk full? An older one is untouched."
         ) from error
 
 
@@ -72,6 +72,8 @@ def _read(path: Path) -> dict[str, Any]:
         state = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, KeyError):  # of the unpickler, which says the number of a byte and no more
+            reason = "its bytes are not those of a checkpoint"
         raise CheckpointError(
             f"{path} is not a readable checkpoint: corrupt, truncated, or not weights only ({reason[:160]}). "
             "Nothing was overwritten; take another file."

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adjoints.base import Adjoint
 from ..adjoints.held import Reaching
 from ..adjoints.implicit import Implicit
 from ..adjoints.one_step import OneStep
@@ -196,8 +197,9 @@ class _Solve(Alike, Reaching):
             return self._replay(index, entry, signals, rest[count:])
 
         starts = self.outs if everyone else [out[rows] for out in self.outs]
-        start = self._pack([out.detach() for out in starts])
-        solution = run(f, start, tuple(context), self.settings.control, *self.settings.made)
+        solver, adjoint = self.settings.made
+        start = self._start(starts, adjoint)
+        solution = run(f, start, tuple(context), self.settings.control, solver, adjoint)
         self._note(opened, solution, rows)
         settled = solution.converged
         values = self._unpack(solution.value)
@@ -241,9 +243,7 @@ class _Solve(Alike, Reaching):
         if rows is not None:
             outs = tuple(out.index_select(0, rows) for out in outs)
         solver, adjoint = self.settings.made
-        # A gradient that is zero at a solution need not be carried back through the open-loop pass.
-        constant = isinstance(adjoint, (Implicit, OneStep, Phantom))
-        start = self._pack([out.detach() if constant else out for out in outs])
+        start = self._start(outs, adjoint)
         settled = ~opened if rows is None else None
         solution = run(f, start, context, self.settings.control, solver, adjoint, settled=settled)
         values = list(self._unpack(solution.value))
@@ -321,6 +321,16 @@ class _Solve(Alike, Reaching):
             amount = torch.where(_aligned(rows, choice.amount), choice.amount, 0.0)
             signals.append(self._scaled(i, self._message(i, value), amount))
         return tuple(signals), rows
+
+    def _start(self, outs: Sequence[Tensor], adjoint: Adjoint) -> Any:
+        """Where the solve begins: at the open-loop outputs.
+
+        A gradient that is zero at a solution need not be carried back through the open-loop pass. Through the
+        steps of a solve it must be: one that begins at its solution, as the second one of a layer does, takes
+        a single step, and what the solution owes to the entry is in its start.
+        """
+        constant = isinstance(adjoint, (Implicit, OneStep, Phantom))
+        return self._pack([out.detach() if constant else out for out in outs])
 
     # The state is a tensor for one wormhole and a tuple for several.
     def _pack(self, values: Sequence[Tensor]) -> Any:

@@ -38,7 +38,8 @@ class StackState:
 
     def torch(self) -> Tensor | tuple[Tensor, Tensor]:
         """As ``nn.GRU`` (h_n) and ``nn.LSTM`` (h_n, c_n) return it: (layers * directions, B, H) each."""
-        stacked = [torch.cat(parts, dim=1).transpose(0, 1) for parts in zip(*self.layers, strict=True)]
+        turned = (torch.cat(parts, dim=1).transpose(0, 1) for parts in zip(*self.layers, strict=True))
+        stacked = [part.contiguous() for part in turned]  # cuDNN takes no other back
         return stacked[0] if len(stacked) == 1 else (stacked[0], stacked[1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +70,7 @@ class SequenceModel(nn.Module):
         self.stack = RecurrentStack(cell, hidden, hidden, layers, dropout, **stack)
         self.head = nn.Linear(self.stack.output_size, outputs)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
         """Sequences to answers.
 
         Args:
@@ -80,7 +81,8 @@ class SequenceModel(nn.Module):
             (B, outputs), or (B, L, outputs) with ``readout="all"``.
         """
         out, _ = self.stack(self._embedded(x), lengths=lengths, keep_state=False)
-        return self.head(self._read(out, lengths))
+        sizes = None if lengths is None else torch.as_tensor(lengths, device=out.device)
+        return self.head(self._read(out, sizes))
 
     def auxiliary_loss(self) -> Tensor:
         """What the wormholes add to the loss of the last training pass, a scalar; zero if nothing."""

@@ -35,20 +35,24 @@ def run_reversibly(chain: Invertible, state: State) -> State:
     Chang et al. (2018), "Reversible architectures for arbitrarily deep residual neural networks".
     """
     operators = chain.operators()
-    flat = [tensor for operator in operators for tensor in operator]
-    out = _Reversible.apply(chain, len(state), len(operators), *state, *flat)
+    # Layers that share their weights share one gradient: a thousand of them would not fit beside one state.
+    once = {id(operator): operator for operator in operators}
+    place = {key: index for index, key in enumerate(once)}
+    order = [place[id(operator)] for operator in operators]
+    flat = [tensor for operator in once.values() for tensor in operator]
+    out = _Reversible.apply(chain, len(state), order, *state, *flat)
     assert isinstance(out, tuple)
     return out
 
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chain: Invertible, parts: int, layers: int, *tensors: Tensor) -> State:
+    def forward(ctx: Any, chain: Invertible, parts: int, order: list[int], *tensors: Tensor) -> State:
         state: State = tensors[:parts]
-        operators = _cut(tensors[parts:], layers)
-        for operator in operators:
-            state = chain.step(state, operator)
-        ctx.chain, ctx.parts, ctx.layers = chain, parts, layers
+        operators = _cut(tensors[parts:], order)
+        for index in order:
+            state = chain.step(state, operators[index])
+        ctx.chain, ctx.parts, ctx.order = chain, parts, order
         kind = tensors[0].device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(*state, *tensors[parts:])
@@ -58,11 +62,12 @@ class _Reversible(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         state: State = ctx.saved_tensors[: ctx.parts]
-        operators = _cut(ctx.saved_tensors[ctx.parts :], ctx.layers)
-        grads: list[tuple[Tensor, ...]] = []
+        operators = _cut(ctx.saved_tensors[ctx.parts :], ctx.order)
+        grads: list[tuple[Tensor, ...]] = [()] * len(operators)
         kind, dtype, enabled = ctx.autocast
         with torch.autocast(kind, dtype=dtype, enabled=enabled):
-            for operator in reversed(operators):
+            for index in reversed(ctx.order):
+                operator, known = operators[index], grads[index]
                 with torch.no_grad():
                     state = ctx.chain.unstep(state, operator)
                 inputs = [tensor.detach().requires_grad_() for tensor in (*state, *operator)]
@@ -70,11 +75,11 @@ class _Reversible(torch.autograd.Function):
                     out = ctx.chain.step(tuple(inputs[: ctx.parts]), tuple(inputs[ctx.parts :]))
                 found = torch.autograd.grad(out, inputs, cotangents)
                 cotangents, mine = found[: ctx.parts], found[ctx.parts :]
-                grads.append(mine)
-        flat = [grad for mine in reversed(grads) for grad in mine]
+                grads[index] = tuple(map(torch.add, known, mine)) if known else mine
+        flat = [grad for mine in grads for grad in mine]
         return (None, None, None, *cotangents, *flat)
 
 
-def _cut(flat: tuple[Tensor, ...], layers: int) -> list[Operator]:
-    each = len(flat) // layers
+def _cut(flat: tuple[Tensor, ...], order: list[int]) -> list[Operator]:
+    each = len(flat) // (max(order) + 1)
     return [flat[k : k + each] for k in range(0, len(flat), each)]
