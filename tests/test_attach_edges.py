@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -35,6 +37,13 @@ class Plain(nn.Module):
 
     def forward(self, x):
         return self.head(self.b(self.a(self.stem(x))).mean((2, 3)))
+
+
+class Between(Plain):
+    """The same with a computation between its stages."""
+
+    def forward(self, x):
+        return self.head(self.b(1.1 * self.a(self.stem(x))).mean((2, 3)))
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "regnetx_002", "resnet10t"])
@@ -325,3 +334,64 @@ def test_attention_is_counted_on_every_device():
     gradient = torch.randn(2, 3, 17, 4)
     here, there = (flop_registry[op](gradient, query, key, value, out_val=query) for op in backward)
     assert here == there > 0
+
+
+def test_what_a_model_keeps_in_eval_mode_is_not_that_of_the_passes_of_attach():
+    torch.manual_seed(0)
+    plain = timm.create_model("levit_128s", img_size=32, num_classes=5).eval()
+    model = tw.attach(copy.deepcopy(plain))
+    weights = {name: torch.randn_like(w) if "biases" in name else w for name, w in plain.state_dict().items()}
+    for each in (plain, model):
+        each.load_state_dict(weights)
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES[..., :32, :32]), plain(IMAGES[..., :32, :32]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_base_patch16_siglip_224", {"embed_dim": 24, "depth": 4, "num_heads": 2}),
+        ("cait_xxs24_224", {"embed_dim": 24, "depth": 4, "num_heads": 2}),
+    ],
+)
+def test_multiply_adds_are_counted_where_a_module_is_given_a_view_of_a_weight(name, options):
+    torch.manual_seed(0)
+    plain = timm.create_model(name, img_size=32, num_classes=5, **options)
+    model = tw.attach(copy.deepcopy(plain), budget="1.2x")
+    assert 0 < float(tw.spans(model)[0].feedback.gate.price) < 1
+    if "siglip" in name:
+        picked = timm.create_model(f"dynalay_{name}", img_size=32, policy="always", **options).eval()
+        picked(IMAGES[..., :32, :32])
+
+
+def test_a_budget_that_cannot_be_counted_leaves_the_model_as_it_was():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(3, 1, 1))
+
+        def forward(self, x):
+            return torch.tanh(x * self.weight)
+
+    model = nn.Sequential(Scaled(), Scaled())
+    with pytest.raises(tw.OptionError, match="cannot be counted"):
+        tw.attach(model, wormholes="1->0", stages=["0", "1"], example=IMAGES, budget="1.2x")
+    assert not hasattr(model, "wormholes") and not any(m._forward_pre_hooks for m in model.modules())
+    tw.attach(model, wormholes="1->0", stages=["0", "1"], example=IMAGES, budget=0.3)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("mode", ["replay", "rerun"])
+def test_a_copy_reports_the_multiply_adds_of_the_last_pass(copied, mode):
+    if mode == "replay":
+        model = made(wormholes=OVERLAPPING, policy="always").eval()
+    else:
+        model = tw.attach(
+            *(Between(), "b->a"), stages=["stem", "a", "b"], example=IMAGES, policy="always"
+        ).eval()
+    with torch.no_grad():
+        model(IMAGES)
+    assert {span.mode for span in tw.spans(model)} == {mode}
+    counts = [(record.evaluations, record.multiply_adds) for record in tw.report(copied(model))]
+    assert counts == [(record.evaluations, record.multiply_adds) for record in tw.report(model)]
+    assert counts[0][1] > 0

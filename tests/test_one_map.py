@@ -306,3 +306,56 @@ def test_a_copy_watches_its_own_layers():
     twin(images()).sum().backward()
     assert int(twin.body[1].num_batches_tracked) == int(before) + 1
     assert torch.equal(wormhole.body[1].num_batches_tracked, before)
+
+
+class Held(nn.Module):
+    """A normalisation, and nothing else."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class Normed(nn.Module):
+    """Its stages are a stem, a normalisation and a convolution."""
+
+    def __init__(self, wrap, between):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, 1, 1), wrap(nn.BatchNorm2d(6))
+        self.end, self.head, self.between = nn.Conv2d(6, 6, 3, 1, 1), nn.Linear(6, 5), between
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        return self.head(torch.tanh(self.end(torch.tanh(x) if self.between else x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["replay", "rerun"])
+def test_a_span_may_begin_with_a_normalisation(between):
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    found = []
+    for wrap in (lambda norm: norm, Held):
+        torch.manual_seed(0)
+        model = Normed(wrap, between).double().train()
+        with torch.no_grad():
+            norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+            given = model.stem(images)
+            # Running statistics that are nearly the batch's: what goes by them is not far away.
+            norm.running_mean.copy_(given.mean((0, 2, 3)))
+            norm.running_var.copy_(given.var((0, 2, 3), unbiased=False) * 1.001)
+        options = {"policy": "always", "gate": "always", "tol": 1e-10, "max_iter": 100, "scale": 0.05}
+        tw.attach(model, wormholes="end->norm", stages=["stem", "norm", "end"], example=images, **options)
+        assert tw.spans(model)[0].mode == ("rerun" if between else "replay")
+        passes = []
+        for training in (True, True, False, True):  # listening to the norms ends with a pass in eval mode
+            model.train(training).zero_grad()
+            model(images).square().sum().backward()
+            passes.append([p.grad for p in model.parameters() if p.grad is not None])
+            assert bool((tw.report(model)[0].status == 0).all())
+        assert int(norm.num_batches_tracked) == 3
+        found.append(passes)
+    for mine, expected in zip(*found, strict=True):
+        assert len(mine) == len(expected)
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-10) for a, b in zip(mine, expected, strict=True))

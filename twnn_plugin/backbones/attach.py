@@ -13,7 +13,7 @@ from .. import gates
 from ..blocks import Aids, Feedback, SolveSettings
 from ..blocks.feedback import fill_missing
 from ..blocks.paths import MessagePath, path_of
-from ..blocks.prices import set_prices
+from ..blocks.prices import check_prices, set_prices
 from ..blocks.wormhole import gate_factory
 from ..errors import AttachError, OptionError, UnknownNameError
 from ..gates import Gate
@@ -147,6 +147,7 @@ def attach(
         feedbacks = [build(spec, *found.example(i)) for i, spec in enumerate(found.specs)]
         if closed_head:
             _check_closed(model, found, closed_head, first)
+        check_prices(model, feedbacks, lambda: run(model, first))
     # Hooks go in only now that every span has passed: a refusal leaves the model as it was.
     holder = Holder(
         _spans(found, feedbacks), backbone.given if isinstance(backbone, ListedBackbone) else None

@@ -135,7 +135,7 @@ class Rerun(Program):
         self,
         own: Own,
         given: Arguments,
-        begin: Callable[[Tensor], None],
+        begin: Callable[[Tensor, nn.Module, Arguments], None],
         rests: Callable[[Sequence[Tensor]], bool],
     ) -> Recorded:
         """Make the open-loop pass up to the end of the span, or to its own end if nothing is to be settled.
@@ -143,7 +143,7 @@ class Rerun(Program):
         Args:
             own: the method.
             given: its arguments.
-            begin: told the group's entry when the pass gets there.
+            begin: told the group's entry when the pass gets there, and which module is called with what.
             rests: of the outputs of the sources: whether these are the settled ones.
         """
         count = len(self.plan.ends)
@@ -159,11 +159,10 @@ class Rerun(Program):
                     first = call == self.plan.first
                     noted.entries[wormhole] = value.clone() if first and self.plan.copies_entry else value
             if call == self.plan.first:
-                begin(
-                    next(
-                        e for e, end in zip(noted.entries, self.plan.ends, strict=True) if end.target == call
-                    )
+                entry = next(
+                    e for e, end in zip(noted.entries, self.plan.ends, strict=True) if end.target == call
                 )
+                begin(entry, self.called[call], (args, kwargs))
             output = forward(*args, **kwargs)
             noted.seen.append(self._remembered(call, output))
             for wormhole, (source, leaf) in enumerate(self.plan.outs):

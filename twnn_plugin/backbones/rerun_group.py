@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..blocks import Feedback
 from ..blocks.open_loop import OpenLoop
@@ -45,7 +46,7 @@ def check_rerun(model: nn.Module, seen: Survey, program: Rerun) -> None:
     sources = [(source - found.first, leaf) for source, leaf in found.outs]
     check_reach(go, program.called[found.first :], targets, sources)
     changed = perturbed(go, program.called[found.first :], targets, sources, whole=True)
-    noted = program.record(own, given, lambda entry: None, lambda outs: False)
+    noted = program.record(own, given, lambda entry, module, given: None, lambda outs: False)
     rows = program.constants(noted.seen)
     states, _ = program.replay(changed.entry, changed.signals, noted.seen, rows)
     if not all(same(a, b) for a, b in zip(states, changed.states, strict=True)):
@@ -116,8 +117,10 @@ class RerunGroup(AttachedGroup):
             return own(*given[0], **given[1])
         self.check_exporting()
 
-        def begin(entry: Tensor) -> None:
+        def begin(entry: Tensor, module: nn.Module, given: Arguments) -> None:
             now.open_loop = OpenLoop(self.one_map, entry, self.training)
+            if isinstance(module, _BatchNorm):
+                self.one_map.hear_first(module, *given)
 
         def rests(outs: Sequence[Tensor]) -> bool:
             if now.open_loop is None or not self.rests(now.open_loop, outs):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..adjoints.held import Reaching
 from ..blocks import Feedback, SpanRecord
@@ -229,8 +230,11 @@ class AttachedGroup(Reaching):
         each = group_multiply_adds(self.parts, replay, self.program.modules())
         record.multiply_adds = record.evaluations * each
 
-    # Copies and pickles hold no activations.
+    # Copies and pickles hold no activations; what is counted with them is in the records, which they do hold.
     def __getstate__(self) -> dict[str, Any]:
+        # Not where weights have since been given other shapes or devices: a copy must be had all the same.
+        with suppress(RuntimeError):
+            self.count()
         return {**self.__dict__, "kept": ()}
 
 
@@ -276,6 +280,8 @@ class ReplayedGroup(AttachedGroup):
             entry = entry.clone()
         now.by_hand, now.begun = not now.begun, False
         now.open_loop = OpenLoop(self.one_map, entry, self.training)
+        if isinstance(module, _BatchNorm):
+            self.one_map.hear_first(module, args, kwargs)
         now.seen = [snapshot(args, kwargs) if self.nested else (args, kwargs)]
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from .feedback import Feedback, Replay
 from .settle import GroupReplay
 
-__all__ = ["group_multiply_adds", "multiply_adds"]
+__all__ = ["counting", "group_multiply_adds", "multiply_adds"]
 
 
 def _attention(*arguments: Any, **_: Any) -> int:
@@ -79,6 +79,29 @@ for _operation, _formula in (
         register_flop_formula(_operation)(_formula)
 
 
+class _Everywhere:
+    """In place of the counter's look at which module an operation belongs to."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """torch's counter of operations, for all of them together and without gradients.
+
+    To tell modules apart it asks for the graph of what each is given, and stops where that is a view of a
+    weight, such as a class token for each sample: without gradients that wants one and has none.
+    """
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Everywhere()  # type: ignore[assignment]
+    with counter:
+        yield counter
+
+
 def multiply_adds(feedback: Feedback, replay: Replay, parts: Sequence[nn.Module]) -> int:
     """Multiply-adds of one evaluation of the span's map for one row, as of its last input's shape.
 
@@ -110,11 +133,10 @@ def group_multiply_adds(
     assert feedbacks[0].shapes is not None
     _, _, constants, entry = feedbacks[0].shapes
     modes = [(module, module.training) for part in parts for module in part.modules()]
-    counter = FlopCounterMode(display=False)
     try:
         for module, _ in modes:
             module.training = False
-        with torch.no_grad(), _whole([*parts, *feedbacks]), counter:
+        with torch.no_grad(), _whole([*parts, *feedbacks]), counting() as counter:
             # In the weights' own dtype: the pass may have run under autocast, and this does not.
             like = feedbacks[0].message.scale.detach()
             constants = [c.to(like.dtype) if c.is_floating_point() else c for c in constants]

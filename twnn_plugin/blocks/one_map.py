@@ -47,10 +47,12 @@ class _Heard(PerThread):
         found: the moments of each watched normalisation, call by call.
         watching: whether a pass is watched.
         repeating: whether a part of it is computed once more.
+        first: what the normalisation was given with which the pass began, until a hook tells of that, too.
     """
 
     def __init__(self) -> None:
         self.found: dict[int, list[Moments]] = {}
+        self.first: Tensor | None = None
         self.watching = False
         self.repeating = False
 
@@ -136,22 +138,42 @@ class OneMap:
         """The type of a normalisation by batches whose flag says otherwise; None: there is none."""
         return next((type(norm).__name__ for norm in self.norms if _by_batch(norm)), None)
 
-    def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         assert isinstance(norm, _BatchNorm)
         heard = self.heard
-        if heard.watching and self.holders:
-            self._check_alone()
-        if heard.watching and _by_batch(norm):
-            # Here and not at the end of the pass, so that a part of it which is computed again in the
-            # backward pass, to save memory, owns what the statistics keep.
-            found = moments(norm, args[0] if args else kwargs["input"])
-            if not heard.repeating:
-                heard.found.setdefault(id(norm), []).append(found)
+        if heard.watching:
+            # A hook that is removed while its module is called gets no keywords; then nothing watches.
+            given = args[0] if args or kwargs is None else kwargs["input"]
+            if heard.first is None or given is not heard.first:
+                self._hear(norm, given)
+            else:
+                heard.first = None  # heard of already
         for frozen in reversed(PRESENT.held):
             if id(norm) in frozen.statistics:
                 if frozen.is_heard_by(self.listen):
                     frozen.enter_layer(norm)
                 break
+
+    def _hear(self, norm: _BatchNorm, given: Tensor) -> None:
+        """Note the moments of what a normalisation is given."""
+        if self.holders:
+            self._check_alone()
+        if _by_batch(norm):
+            # Here and not at the end of the pass, so that a part of it which is computed again in the
+            # backward pass, to save memory, owns what the statistics keep.
+            found = moments(norm, given)
+            if not self.heard.repeating:
+                self.heard.found.setdefault(id(norm), []).append(found)
+
+    def hear_first(self, norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hear of the call with which a watched pass begins, where it is a normalisation's.
+
+        Its hooks may have been called before, and those that are new are not called for it.
+        """
+        if self.heard.watching:
+            given = args[0] if args else kwargs["input"]
+            self.heard.first = given
+            self._hear(norm, given)
 
     def _check_alone(self) -> None:
         """Raise if another thread has put the normalisations of this thread's pass into eval mode."""
@@ -165,7 +187,7 @@ class OneMap:
 
     def open_loop(self, active: bool) -> None:
         """Start (or stop) to watch the open-loop pass."""
-        self.heard.watching = active
+        self.heard.watching, self.heard.first = active, None
         if active:
             self._look()
             self.listen()

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import OptionError
 from ..gates import LearnedGate
 from ..gates.constant import AlwaysGate, NeverGate
 from ..modes import evaluating
+from .count import counting
 from .feedback import Feedback
 
-__all__ = ["set_prices"]
+__all__ = ["check_prices", "set_prices"]
 
 
 def set_prices(model: nn.Module, parts: Sequence[Feedback], forward: Callable[[], Any]) -> None:
@@ -33,13 +33,9 @@ def set_prices(model: nn.Module, parts: Sequence[Feedback], forward: Callable[[]
     Raises:
         OptionError: the model's multiply-adds cannot be counted.
     """
-    if not any(isinstance(part.gate, LearnedGate) and part.gate.counts_cost() for part in parts):
+    if not _priced(parts):
         return
-    if any(p.is_meta for part in parts for p in part.parameters()):
-        return  # a model without values makes no pass: its prices come with the weights, as buffers
-    plain = _count(model, parts, forward, ())
-    if plain == 0:
-        raise OptionError("The multiply-adds of this model cannot be counted; give budget as a share.")
+    plain = _plain(model, parts, forward)
     groups = _groups(parts)
     for group in groups:
         price = (_count(model, parts, forward, group) - plain) / plain * len(groups)
@@ -48,6 +44,37 @@ def set_prices(model: nn.Module, parts: Sequence[Feedback], forward: Callable[[]
                 part.gate.price.fill_(price)
     for part in parts:
         part.last = None
+
+
+def check_prices(model: nn.Module, parts: Sequence[Feedback], forward: Callable[[], Any]) -> None:
+    """Refuse what :func:`set_prices` would, of a model that the parts are yet to be attached to.
+
+    Args:
+        model: the model.
+        parts: what its wormholes will be.
+        forward: a pass through it.
+
+    Raises:
+        OptionError: the model's multiply-adds cannot be counted.
+    """
+    if _priced(parts):
+        _plain(model, (), forward)
+
+
+def _priced(parts: Sequence[Feedback]) -> bool:
+    """Whether a gate wants to know what a replay costs, and passes can be made to tell."""
+    if not any(isinstance(part.gate, LearnedGate) and part.gate.counts_cost() for part in parts):
+        return False
+    # A model without values makes no pass: its prices come with the weights, as buffers.
+    return not any(p.is_meta for part in parts for p in part.parameters())
+
+
+def _plain(model: nn.Module, parts: Sequence[Feedback], forward: Callable[[], Any]) -> int:
+    """Multiply-adds of a pass in which nothing is open."""
+    plain = _count(model, parts, forward, ())
+    if plain == 0:
+        raise OptionError("The multiply-adds of this model cannot be counted; give budget as a share.")
+    return plain
 
 
 def _groups(parts: Sequence[Feedback]) -> list[list[Feedback]]:
@@ -62,8 +89,7 @@ def _groups(parts: Sequence[Feedback]) -> list[list[Feedback]]:
 def _count(
     model: nn.Module, parts: Sequence[Feedback], forward: Callable[[], Any], opened: Sequence[Feedback]
 ) -> int:
-    counter = FlopCounterMode(display=False)
-    with evaluating(model), _one_replay(parts, opened), counter:
+    with evaluating(model), _one_replay(parts, opened), counting() as counter:
         forward()
     return counter.get_total_flops()
 

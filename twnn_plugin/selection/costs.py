@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..blocks import Feedback
+from ..blocks.count import counting
 from ..errors import MapError
 from ..modes import evaluating
 
@@ -86,13 +86,13 @@ def count(
     states = [x.detach().new_zeros(1, *x.shape[1:])]
     with evaluating(*modules):
         for module in modules:
-            with FlopCounterMode(display=False) as counter:
+            with counting() as counter:
                 states.append(module(states[-1]))
             parts.append(counter.get_total_flops() // 2)
         for place, feedback in zip(places, feedbacks, strict=True):
             # Beforehand, as in a solve: a constrained weight is worked out once, and does not count.
             weight = feedback.message.weight()
-            with FlopCounterMode(display=False) as counter:
+            with counting() as counter:
                 feedback.message(states[place + 1], states[place].shape, weight)
             messages.append(counter.get_total_flops() // 2)
     return Costs(parts, messages, places, before)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Split", "split", "stem", "stem_multiply_adds"]
 
@@ -116,10 +115,11 @@ def stem(model: nn.Module, first: nn.Module, images: Tensor) -> Tensor:
 
 def stem_multiply_adds(model: nn.Module, first: nn.Module, images: Tensor) -> int:
     """Multiply-adds of :func:`stem` for one image of the shape of those in ``images`` (B, C, H, W)."""
-    from twnn_plugin.modes import evaluating  # importing twnn_plugin imports this module
+    from twnn_plugin.blocks.count import counting  # importing twnn_plugin imports this module
+    from twnn_plugin.modes import evaluating
 
     one = images.detach().new_zeros(1, *images.shape[1:])
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), counting() as counter:
         stem(model, first, one)
     return counter.get_total_flops() // 2
 
