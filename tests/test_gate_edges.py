@@ -362,3 +362,14 @@ def test_the_norm_of_a_resizing_is_the_largest_singular_value_of_its_matrix():
                 assert true * (1 - 1e-12) <= found <= true * (1 + 2e-6), (here, there)
     with torch.device("meta"):
         assert message._resize_norm(31, 97, False) > 1
+
+
+def test_two_budgets_are_refused_and_a_weight_of_no_closed_head():
+    model = timm.create_model("resnet10t", num_classes=5)
+    with pytest.raises(tw.OptionError, match=r"two budgets, budget=0.5 and the gate's option budget=0.3"):
+        tw.attach(model, gate=("sigmoid", {"budget": 0.3}), budget=0.5)
+    with pytest.raises(tw.OptionError, match="two budgets"):
+        RecurrentStack("gru", 4, 4, wormholes="auto", gate=("sigmoid", {"budget": 0.3}), budget=0.5)
+    with pytest.raises(tw.OptionError, match=r"closed_weight=0.3 is the weight of a closed head's loss"):
+        tw.attach(model, closed_weight=0.3)
+    assert not hasattr(model, "wormholes")

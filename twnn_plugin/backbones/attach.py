@@ -59,7 +59,7 @@ def attach(
     scale: float = 0.1,
     message: MessagePath | None = None,
     closed_head: bool | str = False,
-    closed_weight: float = 0.5,
+    closed_weight: float | None = None,
     fallback: bool = True,
     stages: Sequence[str | nn.Module] | None = None,
     example: Any = None,
@@ -95,7 +95,7 @@ def attach(
         closed_head: whether samples that are not iterated are answered by a classifier of their own, which
             starts as a copy; a path names the classifier of a model that has no ``get_classifier``. See
             :func:`twnn_plugin.closed_loss`.
-        closed_weight: of the closed logits' loss.
+        closed_weight: of the closed logits' loss; None: 0.5.
         fallback: whether a span that cannot be replayed module by module, because the model computes
             something in between, may be evaluated by running the model's forward again, which is right but
             slower. ``twnn_plugin.spans(model)`` says which mode each span is in. False: it is refused.
@@ -154,7 +154,7 @@ def attach(
     )
     model.add_module(CHILD, holder.train(model.training))
     if closed_head:
-        add_closed_head(model, feedbacks, closed_head, closed_weight)
+        add_closed_head(model, feedbacks, closed_head, 0.5 if closed_weight is None else closed_weight)
     add_auxiliary_loss(model, feedbacks)
     set_prices(model, feedbacks, lambda: run(model, first))
     adopt(model, CHILD, [stage.name for stage in backbone.stages(model)], checkpoint, gathers)
@@ -296,4 +296,5 @@ def _budgeted(gate: Any, budget: float | str | None) -> Any:
     name, options = (gate, {}) if isinstance(gate, str) else gate
     gates.Budget.parse(budget)
     gates.registry.entry(name)
+    gates.check_one_budget(options, budget)
     return name, {**options, "budget": budget}

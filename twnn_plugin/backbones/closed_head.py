@@ -250,7 +250,14 @@ def check_options(where: Any, weight: Any) -> None:
             "closed_head is True, False, or the path of the module that gives the logits, such as 'head.fc'; "
             f"got {where!r}."
         )
+    if weight is None:
+        return
     check_weight(weight)
+    if where is False:
+        raise OptionError(
+            f"closed_weight={weight!r} is the weight of a closed head's loss, and there is none: give "
+            "closed_head=True, too."
+        )
 
 
 def check_weight(weight: Any) -> None:

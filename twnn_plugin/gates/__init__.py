@@ -4,7 +4,7 @@ from ..registry import Registry
 from .base import FollowsGate, Gate, GateOutput
 from .budget import Budget
 from .difficulty import watch_closed_difficulty, watch_difficulty
-from .given import check_gate
+from .given import check_gate, check_one_budget
 from .learned import LearnedGate
 
 registry: Registry[Gate] = Registry("gate", Gate)
@@ -23,6 +23,7 @@ __all__ = [
     "GateOutput",
     "LearnedGate",
     "check_gate",
+    "check_one_budget",
     "entries",
     "get",
     "names",

@@ -13,7 +13,7 @@ from .. import policies
 from ..blocks import SolveSettings, SpanRecord
 from ..blocks.wormhole import gate_factory
 from ..errors import AttachError, MapError, OptionError, nearest
-from ..gates import Gate, LearnedGate, check_gate
+from ..gates import Gate, LearnedGate, check_gate, check_one_budget
 from ..policies import Policy
 from .layer import CELLS, LayerState, RecurrentLayer
 from .message import valid_steps
@@ -372,4 +372,5 @@ def _with_budget(gate: Any, budget: float | str | None, scope: str) -> Any:
     if isinstance(gate, Gate):
         raise OptionError("budget goes with a gate given by name; set gate.budget on the instance instead.")
     name, options = (gate, {}) if isinstance(gate, str) else gate
+    check_one_budget(options, budget)
     return name, {**options, "budget": budget}
