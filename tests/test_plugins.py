@@ -88,6 +88,24 @@ def test_a_plugin_that_fails_takes_no_other_threads_plugin_with_it(host, registr
     assert "second" in host.loaded() and registries["gates"].names() == ["theirs"]
 
 
+def test_a_hook_that_waits_for_a_thread_that_registers_does_not_hang(host, monkeypatch):
+    monkeypatch.setattr("twnn_plugin.plugins._PATIENCE", 0.1)
+    told = []
+
+    def second():
+        with pytest.raises(RuntimeError, match="must not wait for a thread that registers"):
+            host.add(plugin("second", gates=lambda register: register("theirs", Thing)), "second", "second")
+        told.append(True)
+
+    def waits(register):
+        other = threading.Thread(target=second)
+        other.start()
+        other.join()
+
+    host.add(plugin("first", solvers=waits), "first", "first")
+    assert told == [True] and "first" in host.loaded() and "second" not in host.loaded()
+
+
 # ------------------------------------------------------------------------------------------- the hooks
 
 

@@ -30,6 +30,7 @@ from .solvers import linear, torchdeq_bridge
 __all__ = ["PluginHost", "failures", "load", "loaded", "register_plugin", "unregister_plugin"]
 
 _DISABLE = "TWNN_DISABLE_PLUGINS"
+_PATIENCE = 60.0  # seconds for which one plugin waits for another
 _HOOK_PREFIX = "twnn_register_"
 _PREFIXES = (_HOOK_PREFIX, "twnn_observe_")
 _OBSERVERS = ("twnn_observe_iteration", "twnn_observe_solve")
@@ -101,7 +102,7 @@ class PluginHost:
             pluggy.PluginValidationError: a hook is misspelled or has a wrong signature.
             TypeError: the object implements no hook.
         """
-        with self._changing:
+        with self._alone():
             with self._all_or_nothing():
                 before = self._entries() if before is None else before
                 self._refuse_known(plugin, name)
@@ -128,7 +129,7 @@ class PluginHost:
             UnknownNameError: no such plugin is loaded.
             OptionError: it is the built-ins.
         """
-        with self._changing:
+        with self._alone():
             if name not in self._loaded:
                 known = [one for one in self._loaded if one != self.home]
                 listed = ", ".join(known) or "none"
@@ -289,6 +290,19 @@ class PluginHost:
             return registry.register(name, factory, replace, owner=owner)
 
         return register
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within this, no other thread's plugin comes or goes."""
+        if not self._changing.acquire(timeout=_PATIENCE):
+            raise RuntimeError(
+                f"Another thread has been loading a plugin for {_PATIENCE:.0f} seconds. A hook must not wait "
+                "for a thread that registers a plugin."
+            )
+        try:
+            yield
+        finally:
+            self._changing.release()
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

@@ -59,7 +59,8 @@ class Implicit(Adjoint):
             where that is absolute. Of a state of several parts each part of the solution meets it, too,
             relative to itself.
         max_iter: products with the Jacobian per row; ``None``: as many as the forward solve had, but
-            at least 20.
+            at least 20. Of a state of several parts: in each of the attempts, of which small parts may take
+            three more.
         warm_start: start from the last backward solve of this instance with the same shape (one is kept for
             each of the newest 16), in rows where that is nearer. It pays where the same samples come again
             in the same order, and costs one product where they do not. First derivatives only.
