@@ -199,7 +199,7 @@ def _largest(
         # Accurate at two looks in a row: of a start with next to nothing of the largest, the next largest is
         # accurate first, and the largest shows a few products later.
         before, accurate = accurate, ~(error > tol * value)  # NaN is accurate
-        # Where the whole space can be kept, no start has missed anything once it is full, and that costs little.
+        # Where the whole space can be kept it is filled, at little cost: nothing is missed then.
         settled = settled | (before & accurate & (size > space.capacity))
         if bool(settled.all()) or spent >= iterations or space.steps >= size:
             return value, error, spent
