@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -204,3 +206,22 @@ def test_with_a_closed_head_the_gate_learns_what_the_closed_network_gets_wrong(s
     assert len(margins) == (1 if isinstance(spans, str) else 2)
     for margin in margins:
         assert (margin.grad < 0).tolist() == (weights == 1).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("control", ["threshold", "dual"])
+def test_what_is_followed_under_torch_func_is_kept_as_plain_numbers(control):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    gate = ("sigmoid", {"budget": 0.5, "control": control})
+    blocks = [Wormhole(copy.deepcopy(body), torch.randn(2, 6), gate).train() for _ in range(2)]
+    blocks[1].load_state_dict(blocks[0].state_dict())
+    x = torch.randn(5, 6)
+    for block, transform in zip(blocks, (lambda f: f, torch.func.grad), strict=True):
+        transform(lambda p, block=block: torch.func.functional_call(block, p, (x,)).square().sum())(
+            dict(block.named_parameters())
+        )
+        assert torch.isfinite(copy.deepcopy(block)(x)).all()
+    gates = [block.feedback.gate for block in blocks]
+    torch.testing.assert_close(*(dict(gate.named_buffers()) for gate in gates))
+    assert bool(gates[0].running_mean.any())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["active", "constant", "wraps"]
+__all__ = ["active", "constant", "value_of", "wraps"]
 
 
 def active() -> bool:
@@ -38,3 +38,16 @@ def constant(tensor: Tensor) -> bool:
     outermost = functorch.maybe_get_level(tensor) == functorch.maybe_current_level()
     with temporarily_pop_interpreter_stack():
         return constant(functorch.get_unwrapped(tensor) if outermost else tensor)
+
+
+def value_of(tensor: Tensor) -> Tensor | None:
+    """The plain tensor of a tensor's value; None where there is none: ``vmap`` has many at once.
+
+    What ``torch.func`` has made means nothing once it is done, and whoever keeps it could not be copied.
+    """
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while wraps(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return None
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor  # as it is: an operation on it would be one of the transform again

@@ -51,7 +51,7 @@ class _ClosedDifficulty(torch.autograd.Function):
         (margin,) = ctx.saved_tensors
         opened, closed = (_sizes(grad, margin) for grad in grads)
         # Without a loss of its own (closed_weight=0) the closed network says nothing.
-        size = torch.where(closed.amax() > 0, closed, opened)
+        size = torch.where((closed > 0).any(), closed, opened)
         return grads[0], grads[1], _lesson(size, margin, ctx.share), None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import kernels
+from .. import kernels, transforms
 from ..errors import OptionError, nearest
 from .base import Gate, ordinary
 from .budget import Budget
@@ -22,9 +22,7 @@ __all__ = ["LearnedGate", "largest"]
 _EFFORT = 10.0  # replays per open sample that are assumed until some were counted
 _INTEGRAL, _PROPORTIONAL = 0.005, 1.0  # gains of the dual variable, in units of its bound, per step
 _FLOOR = 0.05  # least slope of the budget's penalty, that of a sigmoid being 0.25 at most
-_SLOPE = (
-    0.1  # of the hidden units below zero: where all of ReLUs are silent, samples have one and the same score
-)
+_SLOPE = 0.1  # of hidden units below zero: where all of ReLUs are silent, samples share one score
 _LEAST = 0.01  # added to the features' variance: what hardly ever differs is not blown up
 _HALF = (torch.float16, torch.bfloat16)
 _BUFFERS = ("threshold", "dual", "integral", "excess", "effort", "price", "running_mean", "running_var")
@@ -234,7 +232,8 @@ class LearnedGate(Gate):
         """Give one of the gate's buffers a new value.
 
         Not in place: graphs still need the old one, and who may have to put it back has kept it. In inference
-        mode, too, the new one is an ordinary tensor, which can be loaded into and trained with later.
+        mode and under ``torch.func``, too, the new one is an ordinary tensor, which can be loaded into and
+        trained with later; under ``vmap``, where there are many at once, the old one stays.
 
         Args:
             name: of the buffer, such as ``"threshold"``.
@@ -242,7 +241,9 @@ class LearnedGate(Gate):
         """
         old: Tensor = getattr(self, name)
         new = value.to(old) if isinstance(value, Tensor) else torch.full_like(old, value)
-        setattr(self, name, ordinary(new))
+        plain = transforms.value_of(new)
+        if plain is not None:
+            setattr(self, name, ordinary(plain))
 
     def penalty(self) -> Tensor | None:
         return self._penalty
@@ -255,7 +256,8 @@ class LearnedGate(Gate):
         normal = self._normal(features)
         score = self._scored(normal)
         margin = (self._each(score) - self.threshold) / self.temperature
-        seen = self._seen.score = score.detach()
+        seen = score.detach()
+        self._seen.score = None if transforms.wraps(seen) else seen
         self._penalty = None
         if self.training and self._budget is not None and score.numel():
             self._know(normal)
