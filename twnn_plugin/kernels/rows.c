@@ -253,6 +253,12 @@ static PyObject *moving(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
     return run(wide ? moving_double : moving_float, job.rows, &job, threads);
 }
 
+/* Whether a row leaves with its newest value; one that is done does with the one that was measured. */
+INLINE int given_up(int64_t status, int64_t max_iter, int64_t non_finite)
+{
+    return status == max_iter || status == non_finite;
+}
+
 /* The values of the rows that leave, one after the other, and their places in the whole batch; of rows that ran out
  * of evaluations or broke, the newest. */
 static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
@@ -275,8 +281,7 @@ static PyObject *store(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
         if (alive[row] != LEAVING)
             continue;
         const int64_t place = places[row];
-        const int newest = status[place] == max_iter || status[place] == non_finite;
-        memcpy(value, (newest ? f : z) + (size_t)row * width, width);
+        memcpy(value, (given_up(status[place], max_iter, non_finite) ? f : z) + (size_t)row * width, width);
         value += width;
         *stored++ = place;
         alive[row] = GONE;
@@ -386,8 +391,8 @@ static PyObject *leave(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
             Py_CLEAR(left);
         Py_XDECREF(number);
         const int64_t place = places[row];
-        const int newest = status[place] == max_iter || status[place] == non_finite;
-        memcpy(values + (size_t)place * width, (newest ? f : z) + (size_t)row * width, width);
+        const char *from = given_up(status[place], max_iter, non_finite) ? f : z;
+        memcpy(values + (size_t)place * width, from + (size_t)row * width, width);
         alive[row] = GONE;
     }
     return left;
