@@ -48,6 +48,16 @@ _WHY = """### Where a target was not reached, and why
   for, and within the growth over iterations. Anderson's history does not: choose `solver="picard"` with
   `adjoint=tw.adjoint("implicit", solver="picard")` where memory is short.
 - *Backward, long solves.* Both sides spend their time on products with the same Jacobian there.
+- *Closed wormholes.* One compiled call, what Python does around it and the hooks of the span's modules take a
+  fifth to half a millisecond, whose code and data the network has driven out of the caches since the last
+  pass: more than the aim where a pass takes a few milliseconds.
+- *Streaming.* Each turn of a pass's thread takes the time of some ten operators: more than the rows that
+  wait cost where the map is a small vector's.
+- *Fashion-MNIST.* Nothing in this task needs feedback. On validation images the wormhole network and the
+  plain one of equal training compute are within 0.2 points of each other, whatever was tried
+  ([docs/training.md](../docs/training.md)).
+- *Open shares.* A threshold that opens for half of the validation images opens for half of others as far as
+  they are alike: of the test digits, which are other scans, the closed head is a little surer.
 """
 _DEVICES = (
     ("cpu", "On a CPU", "not yet measured on a CPU"),
