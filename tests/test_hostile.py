@@ -172,7 +172,8 @@ def draw(chance):
     w = torch.randn(size, size, generator=generator, dtype=torch.float64)
     w = chance.choice((0.0, 0.3, 0.9, 1.0, 1.5, 50.0)) * w / torch.linalg.matrix_norm(w, 2)
     x = torch.randn(batch, size, generator=generator, dtype=torch.float64)
-    z0 = torch.zeros_like(x) if chance.random() < 0.7 else torch.randn_like(x)
+    z0 = torch.randn(batch, size, generator=generator, dtype=torch.float64)
+    z0 = torch.zeros_like(x) if chance.random() < 0.7 else z0
     for row in range(batch):
         x[row] *= chance.choice(ROWS)
         z0[row] *= chance.choice((1.0, 1.0, 1.0, 1.0, 1e30, math.nan, math.inf))
@@ -199,14 +200,18 @@ def draw(chance):
     return name, kind, w.to(dtype), z0.to(dtype), x.to(dtype), chance.random() < 0.6, options
 
 
-def excess(z, image, options):
-    """(B,) by how much residuals exceed the tolerance and what rounding the state to its dtype adds."""
+def excess(z, image, options, parts=1):
+    """(B,) by how much residuals exceed the tolerance and what rounding the state to its dtype adds.
+
+    Each of the parts meets the tolerance, with a floor below its size: of them all, the roots add up.
+    """
     eps, work = torch.finfo(z.dtype).eps, torch.float64 if z.dtype == torch.float64 else torch.float32
     z, image = z.double(), image.double()
     change, size = (image - z).norm(dim=1), image.norm(dim=1)
     if options["norm"] == "max":
         change, size = (image - z).abs().amax(dim=1), size / z.shape[1] ** 0.5
-    bound = options["tol"] * (size + 1e-9 if options["stop"] == "rel" else torch.ones_like(size))
+    floor = 1e-9 * parts**0.5
+    bound = options["tol"] * (size + floor if options["stop"] == "rel" else torch.ones_like(size))
     # Below this the squares in a norm underflow: the counterpart of norms that overflow to infinity.
     underflow = torch.finfo(work).tiny ** 0.5 * z.shape[1]
     rounding = 2 * eps * (z.abs().amax(dim=1) + image.abs().amax(dim=1))
@@ -231,7 +236,8 @@ def one_hostile_solve(case):
     with torch.no_grad():
         image = unshape(f(solution.value, x))
     assert bool(torch.isfinite(value[good]).all())
-    assert bool((excess(value.detach(), image, options)[good] <= 0).all())
+    parts = 2 if kind in ("tuple", "dict") else 1
+    assert bool((excess(value.detach(), image, options, parts)[good] <= 0).all())
     assert int(solution.steps.min()) >= 1 and int(solution.steps.max()) <= options["max_iter"]
     # A backward pass may give what the map's derivative is, NaN included, but does not crash.
     if value.requires_grad and bool(good.any()):
