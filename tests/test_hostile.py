@@ -200,18 +200,22 @@ def draw(chance):
     return name, kind, w.to(dtype), z0.to(dtype), x.to(dtype), chance.random() < 0.6, options
 
 
-def excess(z, image, options, parts=1):
+def excess(z, image, options, sizes):
     """(B,) by how much residuals exceed the tolerance and what rounding the state to its dtype adds.
 
-    Each of the parts meets the tolerance, with a floor below its size: of them all, the roots add up.
+    Of a state of several parts, whose sizes these are, each meets the tolerance relative to itself.
     """
+    pairs = zip(z.split(sizes, dim=1), image.split(sizes, dim=1), strict=True)
+    return torch.stack([_excess(a, b, options) for a, b in pairs]).amax(dim=0)
+
+
+def _excess(z, image, options):
     eps, work = torch.finfo(z.dtype).eps, torch.float64 if z.dtype == torch.float64 else torch.float32
     z, image = z.double(), image.double()
     change, size = (image - z).norm(dim=1), image.norm(dim=1)
     if options["norm"] == "max":
         change, size = (image - z).abs().amax(dim=1), size / z.shape[1] ** 0.5
-    floor = 1e-9 * parts**0.5
-    bound = options["tol"] * (size + floor if options["stop"] == "rel" else torch.ones_like(size))
+    bound = options["tol"] * (size + 1e-9 if options["stop"] == "rel" else torch.ones_like(size))
     # Below this the squares in a norm underflow: the counterpart of norms that overflow to infinity.
     underflow = torch.finfo(work).tiny ** 0.5 * z.shape[1]
     rounding = 2 * eps * (z.abs().amax(dim=1) + image.abs().amax(dim=1))
@@ -236,8 +240,9 @@ def one_hostile_solve(case):
     with torch.no_grad():
         image = unshape(f(solution.value, x))
     assert bool(torch.isfinite(value[good]).all())
-    parts = 2 if kind in ("tuple", "dict") else 1
-    assert bool((excess(value.detach(), image, options, parts)[good] <= 0).all())
+    size = value.shape[1]
+    sizes = [1, size - 1] if kind in ("tuple", "dict") else [size]
+    assert bool((excess(value.detach(), image, options, sizes)[good] <= 0).all())
     assert int(solution.steps.min()) >= 1 and int(solution.steps.max()) <= options["max_iter"]
     # A backward pass may give what the map's derivative is, NaN included, but does not crash.
     if value.requires_grad and bool(good.any()):
