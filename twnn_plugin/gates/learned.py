@@ -63,13 +63,14 @@ class LearnedGate(Gate):
         momentum: of the running quantile and the other running means, per training step.
         learn: what the score is trained for. ``"benefit"``: how much opening lowers the loss
             (straight-through gradient). ``"difficulty"``: whether the sample is among the hardest
-            share of its batch (the budget's, or half), see :func:`~twnn_plugin.gates.watch_difficulty`.
+            share of its batch (the budget's, or half), see :func:`~twnn_plugin.gates.watch_difficulty` and,
+            with a closed head, :func:`~twnn_plugin.gates.watch_closed_difficulty`.
             None: difficulty if there is a budget kept by the threshold, else benefit.
         control: ``"threshold"`` or ``"dual"``; the second needs ``auxiliary_loss`` added to the loss.
         dual_bound: largest modulus of the dual variable.
         per: ``"sample"``: one strength a sample; ``"channel"``: one for each channel of the message; a sample
             is open if any is.
-        outputs: channels of the message, for ``per="channel"`` alone; None: as many as features.
+        outputs: channels of the message, for ``per="channel"`` alone; None: as many as ``channels``.
         l0: weight of the expected share of open gates, the mean probability, in :meth:`penalty`.
         peaks: whether the features are the maxima over positions, too, beside the means; see
             :class:`~twnn_plugin.gates.Gate`.
