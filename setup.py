@@ -35,7 +35,7 @@ setup(
         Extension(
             "twnn_plugin.kernels._rows",
             ["twnn_plugin/kernels/rows.c"],
-            depends=["twnn_plugin/kernels/passes.h", "twnn_plugin/kernels/gate.h"],
+            depends=[f"twnn_plugin/kernels/{name}.h" for name in ("passes", "kelley", "gate")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if _LIMITED else [],
             py_limited_api=_LIMITED,
             optional=True,

@@ -9,6 +9,7 @@ environment, or :func:`disabled`, makes them do so.
 
 from .gate import glance
 from .guests import Guests
+from .kelley import Kelley
 from .looks import Codes, Rule, widths
 from .rows import SLOTS, Anderson, Rows, moving, same, shrunk, spread
 from .switch import available, describe, disabled, reads, takes
@@ -18,6 +19,7 @@ __all__ = [
     "Anderson",
     "Codes",
     "Guests",
+    "Kelley",
     "Rows",
     "Rule",
     "available",

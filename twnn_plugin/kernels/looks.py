@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .switch import library, threads
 
-__all__ = ["Codes", "Looks", "Rule", "widths"]
+__all__ = ["ABSOLUTE", "RELATIVE", "SCALED", "Codes", "Looks", "Rule", "widths"]
 
-_ABSOLUTE, _RELATIVE, _SCALED = range(3)  # as in rows.c
+ABSOLUTE, RELATIVE, SCALED = range(3)
+"""Kinds of stopping rules, as in rows.c."""
 _MARKS = 4
 
 
@@ -81,7 +82,7 @@ class Looks:
     def __init__(self, like: Tensor, rule: Rule, codes: Codes, rows: int, scale: Tensor | None = None):
         self.rule, self.codes, self.now = rule, codes, 0
         self._parts = widths(rule.parts)
-        self._stop = _SCALED if scale is not None else _RELATIVE if rule.relative else _ABSOLUTE
+        self._stop = SCALED if scale is not None else RELATIVE if rule.relative else ABSOLUTE
         self._wide, self._width = like.dtype is torch.float64, like.shape[1]
         self._tiny = torch.finfo(like.dtype).tiny
         # The limit, the earlier change, whether the last one was over the limit, and the scale.

@@ -8,9 +8,6 @@
  * reorder anything, and in blocks whose sums are added in double: what long rows lose to rounding stays small.
  */
 
-#define LANES 32
-#define BLOCK 4096 /* a multiple of LANES */
-
 INLINE double N(folded)(T *lane)
 {
     for (int width = LANES / 2; width > 0; width /= 2)
@@ -322,6 +319,3 @@ CLONES static Ended N(anderson)(ptrdiff_t from, ptrdiff_t to, const void *given)
     }
     return none;
 }
-
-#undef LANES
-#undef BLOCK

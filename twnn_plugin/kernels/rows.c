@@ -13,9 +13,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 9 /* of the arguments; another one in kernels/switch.py means that this was built before it */
+#define VERSION 10 /* of the arguments; another one in kernels/switch.py means that this was built before it */
 #define MARKS 4   /* of a row */
 #define SLOTS 64  /* of a history at most, as in kernels/rows.py */
+#define LANES 32   /* partial sums, see passes.h */
+#define BLOCK 4096 /* numbers whose sum is added in double, a multiple of LANES */
 
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
@@ -36,6 +38,11 @@
 
 enum { GONE, GOING, LEAVING };       /* of a row */
 enum { ABSOLUTE, RELATIVE, SCALED }; /* of a stopping rule */
+enum { PLAIN, BROYDEN, NEWTON };     /* who has a row, as in solvers/auto.py */
+/* Of a row in kelley.h, as in kernels/kelley.py: the smallest residual so far, what it must fall to before patience
+ * ends, the last change, evaluations without a grip, steps since the method began, steps that are kept, who has the
+ * row, whether it was put back, and what the tolerance is relative to. */
+enum { BEST, GOAL, CHANGE, WAITED, AGE, COUNT, MODE, LOST, SCALE, FIELDS };
 
 typedef struct {
     int wide; /* double */
@@ -78,6 +85,19 @@ typedef struct {
     void *slot[SLOTS]; /* a pair of vectors a row; those that do not exist yet have no weight */
 } Anderson;
 
+typedef struct {
+    int wide;
+    ptrdiff_t rows, width;
+    const void *z, *f, *r;
+    void *numbers, *back, *next;
+    double least; /* square of a step that is one */
+    double singular, restart, tossed, soon, tol, floor;
+    int memory, patience, rule, largest;
+    const int64_t *parts; /* widths of `count` parts of a row to measure apart; 0: the row is one */
+    int count;
+    void *slot[SLOTS]; /* a vector a row; those that do not exist yet are nobody's */
+} Kelley;
+
 /* What a pass tells: rows that finished, and those among them whose value is the newest, not the last. */
 typedef struct {
     ptrdiff_t rows, newest;
@@ -88,6 +108,7 @@ typedef struct {
 #define SQRT sqrtf
 #define FABS fabsf
 #include "passes.h"
+#include "kelley.h"
 #undef T
 #undef N
 #undef SQRT
@@ -98,6 +119,7 @@ typedef struct {
 #define SQRT sqrt
 #define FABS fabs
 #include "passes.h"
+#include "kelley.h"
 #undef T
 #undef N
 #undef SQRT
@@ -488,6 +510,68 @@ static PyObject *anderson(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     return run(job.wide ? anderson_double : anderson_float, job.rows, &job, threads);
 }
 
+/* What stays the same from step to step, as bytes. */
+static PyObject *kelley_settings(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 15))
+        return NULL;
+    Given given = {args};
+    Kelley job = {.wide = (int)whole(&given)};
+    job.width = whole(&given);
+    job.least = real(&given);
+    job.singular = real(&given);
+    job.restart = real(&given);
+    job.tossed = real(&given);
+    job.soon = real(&given);
+    job.tol = real(&given);
+    job.floor = real(&given);
+    job.memory = (int)whole(&given);
+    job.patience = (int)whole(&given);
+    job.rule = (int)whole(&given);
+    job.largest = (int)whole(&given);
+    job.parts = address(&given);
+    job.count = (int)whole(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBytes_FromStringAndSize((const char *)&job, sizeof(job));
+}
+
+static PyObject *kelley(PyObject *const *args, Py_ssize_t count, Kernel *single, Kernel *wide)
+{
+    if (count < 9 || count > 9 + SLOTS)
+        return PyErr_Format(PyExc_TypeError, "9 to %d arguments wanted; got %zd", 9 + SLOTS, count);
+    Kelley job;
+    if (!made_before(args[0], &job, sizeof(job)))
+        return NULL;
+    Given given = {args + 1};
+    const int threads = (int)whole(&given);
+    job.rows = whole(&given);
+    job.z = address(&given);
+    job.f = address(&given);
+    job.r = address(&given);
+    job.numbers = address(&given);
+    job.back = address(&given);
+    job.next = address(&given);
+    for (Py_ssize_t slot = 0; slot < count - 9; slot++)
+        job.slot[slot] = address(&given);
+    return run(job.wide ? wide : single, job.rows, &job, threads);
+}
+
+static PyObject *broyden(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    return kelley(args, count, broyden_float, broyden_double);
+}
+
+static PyObject *judge(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    return kelley(args, count, judge_float, judge_double);
+}
+
+static PyObject *automatic(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    return kelley(args, count, automatic_float, automatic_double);
+}
+
 static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
     if (!counted(count, 20))
@@ -543,6 +627,10 @@ static PyMethodDef methods[] = {
     {"shrink", (PyCFunction)(void (*)(void))shrink, METH_FASTCALL, NULL},
     {"anderson_settings", (PyCFunction)(void (*)(void))anderson_settings, METH_FASTCALL, NULL},
     {"anderson", (PyCFunction)(void (*)(void))anderson, METH_FASTCALL, NULL},
+    {"kelley_settings", (PyCFunction)(void (*)(void))kelley_settings, METH_FASTCALL, NULL},
+    {"broyden", (PyCFunction)(void (*)(void))broyden, METH_FASTCALL, NULL},
+    {"judge", (PyCFunction)(void (*)(void))judge, METH_FASTCALL, NULL},
+    {"automatic", (PyCFunction)(void (*)(void))automatic, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..errors import OptionError
 from .base import Control, Outcome, Problem, StepSolver, WholeSolver
 from .driver import drive_rows
 from .kelley import Steps
+from .kelley_rows import AutoRows, Watch
 from .measure import measure, threshold
 from .newton_krylov import Newton, NewtonKrylov, NewtonSteps
 
@@ -75,6 +77,15 @@ class _Steps(StepSolver):
 
     memory: int
     control: Control
+
+    def compiled(self) -> StepSolver:
+        if self.memory > kernels.SLOTS:
+            return self
+        watch = Watch(_NEWTON, _SINGULAR, _RESTART, _TOSSED, _PATIENCE, _SOON)
+        return AutoRows(self.memory, watch, self.control, self._method())
+
+    def _method(self) -> NewtonSteps:
+        return NewtonSteps(NewtonKrylov(self.memory, start=0), replace(self.control, scale=None))
 
     def init(self, z: Tensor) -> _Auto:
         zero = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)
@@ -171,7 +182,7 @@ class _Steps(StepSolver):
         self, problem: Problem, z: Tensor, fz: Tensor, r: Tensor, lost: Tensor | None, state: _Auto
     ) -> tuple[Tensor, _Auto]:
         """Where Newton's method goes next; rows that it does not have begin when they get it."""
-        method = NewtonSteps(NewtonKrylov(self.memory, start=0), replace(self.control, scale=None))
+        method = self._method()
         newton = method.init(z) if state.newton is None else state.newton
         z_next, newton = method.step(problem, z, fz, r, newton)
         begin = state.mode != _NEWTON

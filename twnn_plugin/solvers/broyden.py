@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .base import Problem, StepSolver, check_whole
 from .kelley import Steps
+from .kelley_rows import BroydenRows
 from .memory import free_to_look, free_to_write
 
 __all__ = ["Broyden"]
@@ -41,6 +43,12 @@ class Broyden(StepSolver):
 
     def __post_init__(self) -> None:
         check_whole("broyden", "memory", self.memory)
+
+    def compiled(self) -> StepSolver:
+        # A subclass may do something else in a step.
+        if type(self) is not Broyden or self.memory > kernels.SLOTS:
+            return self
+        return BroydenRows(self.memory, _RESTART, _SINGULAR)
 
     def init(self, z: Tensor) -> None:
         return None
