@@ -482,3 +482,34 @@ def test_unrolled_under_torch_func_leaves_the_derivative_of_the_start_to_it():
     for derivative in (jacrev, jacfwd):
         found = derivative(lambda start: steps_of("unrolled", w, nothing, start))(nothing)
         torch.testing.assert_close(found.view(6, 6), torch.eye(6, dtype=f64))
+
+
+class Doubled(torch.autograd.Function):
+    """A function of Python in ``f``: torch shows its node of the graph in another way than its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "ad_fixed_point", "unrolled", "checkpointed", "phantom"])
+def test_a_function_of_python_within_f(adjoint):
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(3, 2)
+    weight = torch.tensor([0.1, -0.2], dtype=torch.float64, requires_grad=True)
+
+    def gradient(double):
+        solution = tw.fix(
+            lambda z, x: torch.tanh(double(weight * z)) + x,
+            torch.zeros_like(x),
+            x,
+            solver="ad_fixed_point" if adjoint == "ad_fixed_point" else "picard",
+            adjoint=adjoint,
+            tol=1e-10,
+        )
+        return torch.autograd.grad(solution.value.sin().sum(), weight)[0]
+
+    torch.testing.assert_close(gradient(Doubled.apply), gradient(lambda y: 2 * y))

@@ -1,4 +1,4 @@
-"""Whether ``torch.func`` or forward-mode AD is at work."""
+"""Whether ``torch.func``, forward-mode AD or an export is at work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["active", "constant", "value_of", "wraps"]
+__all__ = ["active", "constant", "exporting", "value_of", "wraps"]
+
+
+@torch.compiler.assume_constant_result
+def exporting() -> bool:
+    """Whether ``torch.export`` is at work: asked for real, where torch 2.11's compiler takes it for granted."""
+    return torch.compiler.is_exporting()
 
 
 def active() -> bool:

@@ -249,7 +249,7 @@ class Tape:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if node.name().endswith("AccumulateGrad") and node.variable is not self.z:  # type: ignore[attr-defined]
+            if type(node).__name__ == "AccumulateGrad" and node.variable is not self.z:  # type: ignore[attr-defined]
                 yield node.variable  # type: ignore[attr-defined]
             stack.extend(parent for parent, _ in node.next_functions)
 

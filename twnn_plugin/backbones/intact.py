@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .. import transforms
 from ..blocks.companion import PerThread
 from ..errors import AttachError
 from .span import AttachedGroup, ReplayedGroup
@@ -88,7 +89,7 @@ class Intact:
                     self.watches.append(kept.get((type(watch), id(watch.module), watch.ahead), watch))
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_exporting():  # which has stand-ins for the modules; export has looked before
+        if transforms.exporting():  # which has stand-ins for the modules; export has looked before
             return
         if torch.compiler.is_dynamo_compiling():  # a graph has no hooks: see ReplayedGroup
             self._in_place()

@@ -12,6 +12,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import transforms
 from ..adjoints.held import Reaching
 from ..blocks import Feedback, SpanRecord
 from ..blocks.companion import PerThread
@@ -134,7 +135,7 @@ class AttachedGroup(Reaching):
 
     def check_exporting(self) -> None:
         """Raise if the pass is exported as it is: what is solved, and whether, depends on values."""
-        if not torch.compiler.is_exporting() or self.passes.now.how is not None:
+        if not transforms.exporting() or self.passes.now.how is not None:
             return
         if not all(isinstance(part.gate, NeverGate) for part in self.parts):
             self.refuse_graph("torch.export.export")

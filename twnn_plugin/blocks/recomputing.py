@@ -60,7 +60,7 @@ def refuse_recomputed(lookout: Lookout, result: Any, entry: Tensor) -> None:
     """
     before = set(_nodes([entry], set()))
     found = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
-    if lookout.recomputed or any(_REENTRANT in node.name() for node in _nodes(found, before)):
+    if lookout.recomputed or any(_REENTRANT in type(node).__name__ for node in _nodes(found, before)):
         raise AttachError(
             "A module of this span computes a part of itself again in the backward pass "
             "(torch.utils.checkpoint), without the batch statistics and random numbers that are held fixed "
