@@ -293,3 +293,34 @@ def _passed(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         model.eval()(torch.randn(2, 3, 64, 64))
     return model
+
+
+@pytest.mark.parametrize("gate", ["straight_through", "sigmoid", "hard_concrete", "always", "never"])
+def test_forward_derivatives_of_a_model_in_eval_mode(gate):
+    """A gate's kernel reads memory, which the tensors of a transform do not have."""
+    model = FAMILIES["resnet"].twnn(gate=gate, tol=1e-12, max_iter=300).double().eval()
+    single = tw.configure(copy.deepcopy(model).float(), tol=1e-5)
+    x = FAMILIES["resnet"].images(2).double()
+    towards = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)
+    value, slope = torch.func.jvp(model, (x,), (towards,))
+    torch.testing.assert_close(value, model(x))
+    with torch.no_grad():
+        step = 1e-4
+        expected = (model(x + step * towards) - model(x - step * towards)) / (2 * step)
+    torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-6)
+    rough = torch.func.jvp(single, (x.float(),), (towards.float(),))[1]  # in what the kernel would take
+    torch.testing.assert_close(rough.double(), slope, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("gate", ["straight_through", "always"])
+def test_vmap_is_refused_and_says_what_to_do(gate, training):
+    vit = FAMILIES["vit"]
+    model = vit.twnn(gate=gate).train(training)
+    x = torch.stack([vit.images(2), vit.images(2, seed=1)])
+    with pytest.raises(tw.TransformError, match=r"vmap cannot map over wormhole .* tw.unrolled"):
+        torch.func.vmap(model, randomness="different")(x)
+    model.eval()
+    fixed = tw.unrolled(model, 2)
+    torch.testing.assert_close(torch.func.vmap(fixed)(x), torch.stack([fixed(part) for part in x]))

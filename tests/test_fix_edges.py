@@ -513,3 +513,26 @@ def test_a_function_of_python_within_f(adjoint):
         return torch.autograd.grad(solution.value.sin().sum(), weight)[0]
 
     torch.testing.assert_close(gradient(Doubled.apply), gradient(lambda y: 2 * y))
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "ad_fixed_point"])
+def test_forward_derivatives_through_running_statistics(adjoint):
+    """torch differentiates a batch normalisation in eval mode, but not with respect to what it keeps."""
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.nn.BatchNorm1d(4).double().eval()
+    norm.running_mean.normal_(generator=generator)
+    weight = 0.3 * torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    x, t = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    solver = "ad_fixed_point" if adjoint == "ad_fixed_point" else "anderson"
+
+    def solve(x, weight=weight):
+        f = lambda z, x: torch.tanh(norm(z @ weight) + x)  # noqa: E731
+        return tw.fix(f, torch.zeros_like(x), x, solver=solver, adjoint=adjoint, tol=1e-12).value
+
+    backward = jacrev(solve)(x)
+    torch.testing.assert_close(jacfwd(solve)(x), backward)
+    torch.testing.assert_close(jvp(solve, (x,), (t,))[1], torch.einsum("aibj,bj->ai", backward, t))
+    by_weight = jacrev(lambda w: solve(x, w).sin().sum())(weight)
+    torch.testing.assert_close(jacfwd(lambda w: solve(x, w).sin().sum())(weight), by_weight)
+    twice = hessian(lambda row: solve(row[None]).sin().sum())(x[0])
+    torch.testing.assert_close(twice, jacrev(jacrev(lambda row: solve(row[None]).sin().sum()))(x[0]))

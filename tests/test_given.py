@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import twnn_plugin as tw
+from twnn_plugin import kernels
 from twnn_plugin.certificates import contraction_rate, gradient_error, observed_rate, spectral_radius
 from twnn_plugin.constraints import cached, norm_bound
 from twnn_plugin.errors import ConvergenceWarning, MapError, OptionError
 from twnn_plugin.solvers import auto
 from twnn_plugin.solvers.base import Control
+from twnn_plugin.solvers.kelley_rows import AutoRows
 from twnn_plugin.state import Layout
 from twnn_plugin.types import Iteration, Status
 
@@ -393,11 +396,15 @@ def kept(tree: Any, found: dict[int, int]) -> dict[int, int]:
     return found
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("memory", [5, 20])
-def test_what_auto_keeps_is_what_the_page_says(monkeypatch, memory):
+def test_what_auto_keeps_is_what_the_page_says(monkeypatch, memory, compiled):
+    if compiled and not kernels.available():
+        pytest.skip(f"compiled kernels: {kernels.describe()}")
     width = 20_000  # against which the tables are nothing
     most = {False: 0.0, True: 0.0}
-    step = auto._Steps.step
+    steps = AutoRows if compiled else auto._Steps
+    step = steps.step
 
     def watched(self, problem, z, fz, r, state):
         z_next, state = step(self, problem, z, fz, r, state)
@@ -406,12 +413,15 @@ def test_what_auto_keeps_is_what_the_page_says(monkeypatch, memory):
         most[newton] = max(most[newton], states)
         return z_next, state
 
-    monkeypatch.setattr(auto._Steps, "step", watched)
+    monkeypatch.setattr(steps, "step", watched)
     slope = torch.linspace(-3, 3, width)
     x = drawn(2, width, dtype=torch.float32)
     with torch.no_grad(), pytest.warns(ConvergenceWarning):
         solver = tw.solver("auto", memory=memory)
-        tw.fix(lambda z, x: slope * z + x, 0 * x, x, solver=solver, tol=1e-9, max_iter=250)
-    assert round(most[False]) == memory + 5
-    assert round(most[True]) == 3 * memory + 10
-    assert "`memory + 5` states kept, for the whole batch `3 * memory + 10` once" in PAGE.read_text()
+        with contextlib.nullcontext() if compiled else kernels.disabled():
+            tw.fix(lambda z, x: slope * z + x, 0 * x, x, solver=solver, tol=1e-9, max_iter=250)
+    assert round(most[False]) == memory + (1 if compiled else 5)
+    assert round(most[True]) == 3 * memory + (6 if compiled else 10)
+    page = PAGE.read_text()
+    assert "`memory + 1` states kept, for the whole batch `3 * memory + 6` once" in page
+    assert "without compiled kernels four more" in page

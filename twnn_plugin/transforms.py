@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["active", "constant", "exporting", "value_of", "wraps"]
+__all__ = ["active", "constant", "exporting", "many", "value_of", "wraps"]
 
 
 @torch.compiler.assume_constant_result
 def exporting() -> bool:
-    """Whether ``torch.export`` is at work: asked for real, where torch 2.11's compiler takes it for granted."""
+    """Whether ``torch.export`` is at work; asked for real, since torch 2.11's compiler takes it for true."""
     return torch.compiler.is_exporting()
 
 
@@ -44,6 +44,11 @@ def constant(tensor: Tensor) -> bool:
     outermost = functorch.maybe_get_level(tensor) == functorch.maybe_current_level()
     with temporarily_pop_interpreter_stack():
         return constant(functorch.get_unwrapped(tensor) if outermost else tensor)
+
+
+def many(tensor: Tensor) -> bool:
+    """Whether ``vmap`` has many at once of what is seen as one tensor, so that no number can be looked at."""
+    return wraps(tensor) and value_of(tensor) is None
 
 
 def value_of(tensor: Tensor) -> Tensor | None:

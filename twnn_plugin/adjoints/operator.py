@@ -146,11 +146,16 @@ class _Fix(torch.autograd.Function):
         ctx.h, ctx.method, *tensors = inputs
         value, *report = output
         ctx.mark_non_differentiable(*report)
+        # An input without a tangent has none, rather than one of zeros: nothing is pushed through it, which
+        # functions that cannot be differentiated with respect to it (running statistics) would refuse.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(value, report[0], *tensors)
         ctx.save_for_forward(value, report[0], *tensors)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
         # A transform may have ended since the forward pass. An operation sheds what it wrapped tensors in,
         # which a transform that begins now would wrap again, and never be rid of.
         value, status, z0, *inputs = (saved.view_as(saved) for saved in ctx.saved_tensors)

@@ -120,12 +120,15 @@ def _same_map(out: Any, again: Any, frozen: Frozen, replay: Callable[[], Any]) -
     """Whether a pass with its own statistics held fixed is seen to be the same pass.
 
     Rounding is let pass. Of very few values (a map of one position, two samples) it can be as large as the
-    values are: then nothing is seen, and the next pass has to tell.
+    values are: then nothing is seen, and the next pass has to tell. Nor is anything under ``vmap``.
 
     Raises:
         AttachError: it is another one.
     """
-    dtypes = [leaf.dtype for leaf in leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    tensors = [leaf for leaf in leaves(out) if isinstance(leaf, Tensor)]
+    if any(map(transforms.many, tensors)):
+        return False
+    dtypes = [leaf.dtype for leaf in tensors if leaf.is_floating_point()]
     device = frozen.device.type
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..adjoints.base import Adjoint
 from ..adjoints.held import Reaching
 from ..adjoints.implicit import Implicit
 from ..adjoints.one_step import OneStep
 from ..adjoints.phantom import Phantom
+from ..errors import TransformError
 from ..fixed_point import run
 from ..gates import watch_closed_difficulty, watch_difficulty
 from ..solvers.hosting import Alike
@@ -143,6 +145,7 @@ class _Solve(Alike, Reaching):
         entry: Tensor,
         settings: SolveSettings | None = None,
     ):
+        _refuse_vmap(parts, outs)
         self.parts, self.outs, self.replay = tuple(parts), tuple(outs), replay
         self.constants, self.frozen = constants, frozen
         self.entry = entry
@@ -392,6 +395,15 @@ class _Solve(Alike, Reaching):
             if part.companion is not None:
                 part.companion.note(record)  # part.last may be another thread's by now
             part.solved(self.training)
+
+
+def _refuse_vmap(parts: Sequence[Part], outs: Sequence[Tensor]) -> None:
+    if any(map(transforms.many, outs)):
+        raise TransformError(
+            f"torch.vmap cannot map over wormhole {parts[0].span!r}: which rows are iterated, and how often, "
+            "depends on their values. tw.unrolled(model.eval(), steps) has a fixed number of steps and can "
+            "be mapped; samples that are only many need no vmap, but one batch."
+        )
 
 
 def _aligned(rows: Tensor, value: Tensor) -> Tensor:

@@ -269,7 +269,7 @@ class LearnedGate(Gate):
         return margin
 
     def glance(self, features: Tensor) -> Callable[[], Tensor] | None:
-        if self.training or not self.by_margin or not features.numel():
+        if self.training or not self.by_margin or not features.numel() or transforms.many(features):
             return None
         threshold, first = self.threshold, self.hidden
         dtype = _dtype_of(first, threshold)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import transforms
 from .switch import available, library
 
 __all__ = ["glance"]
@@ -51,6 +52,7 @@ def glance(
     if (
         torch.is_grad_enabled()
         or out.is_neg()
+        or transforms.wraps(out)
         or torch.compiler.is_dynamo_compiling()
         or torch.jit.is_tracing()
     ):
