@@ -30,6 +30,7 @@ LAYERS = (
     ("twnn_plugin.solvers.base", "twnn_plugin.solvers.memory"),
     ("twnn_plugin.solvers.hosting",),
     ("twnn_plugin.solvers.measure", "twnn_plugin.solvers.axpy", "twnn_plugin.solvers.joint"),
+    ("twnn_plugin.solvers.units",),
     ("twnn_plugin.solvers.book",),
     ("twnn_plugin.solvers.book_rows",),
     ("twnn_plugin.solvers.masked",),

@@ -14,6 +14,7 @@ from ..errors import OptionError
 from .anderson_rows import AndersonRows, Settings
 from .base import Problem, StepSolver, check_whole, is_number
 from .memory import difference, free_to_look, free_to_write, to_unit
+from .units import units_of_parts
 
 __all__ = ["Anderson"]
 
@@ -250,9 +251,7 @@ class _OfParts(Anderson):
     are left to directions that hardly differ in it: many more steps, and a derivative of them that has
     nothing to do with the solution's.
 
-    The units are powers of two near the rms of ``f(z)`` before the first acceleration, row by row: no digit
-    is lost, parts of like size stay the whole that they are, and the derivative of the steps has no part that
-    comes from them (almost everywhere).
+    The units are those of ``f(z)`` before the first acceleration, row by row.
 
     Args:
         memory: as for :class:`Anderson`.
@@ -267,13 +266,7 @@ class _OfParts(Anderson):
         return self._compiled(self.parts)
 
     def units(self, fz: Tensor) -> Tensor:
-        units = []
-        for part in fz.detach().split(list(self.parts), dim=1):
-            size = torch.linalg.vector_norm(part, dim=1, keepdim=True) / part.shape[1] ** 0.5
-            size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
-            unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
-            units.append(unit.expand_as(part))
-        return torch.cat(units, dim=1)
+        return units_of_parts(fz, self.parts)
 
 
 def _per_unit(x: Tensor, units: Tensor | None) -> Tensor:

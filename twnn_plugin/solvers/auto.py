@@ -17,6 +17,7 @@ from .kelley import Steps
 from .kelley_rows import AutoRows, Watch
 from .measure import measure, threshold
 from .newton_krylov import Newton, NewtonKrylov, NewtonSteps
+from .units import InUnits
 
 __all__ = ["Auto"]
 
@@ -77,6 +78,9 @@ class _Steps(StepSolver):
 
     memory: int
     control: Control
+
+    def in_parts(self, parts: tuple[int, ...]) -> StepSolver:
+        return InUnits(self, parts)
 
     def compiled(self) -> StepSolver:
         if self.memory > kernels.SLOTS:

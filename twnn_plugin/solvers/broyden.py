@@ -13,6 +13,7 @@ from .base import Problem, StepSolver, check_whole
 from .kelley import Steps
 from .kelley_rows import BroydenRows
 from .memory import free_to_look, free_to_write
+from .units import InUnits
 
 __all__ = ["Broyden"]
 
@@ -43,6 +44,9 @@ class Broyden(StepSolver):
 
     def __post_init__(self) -> None:
         check_whole("broyden", "memory", self.memory)
+
+    def in_parts(self, parts: tuple[int, ...]) -> StepSolver:
+        return InUnits(self, parts)
 
     def compiled(self) -> StepSolver:
         # A subclass may do something else in a step.

@@ -141,5 +141,8 @@ def drive_rows(
         control: when a row is finished.
     """
     if not control.coupled:
-        return drive(make(control), problem, z, control)
+        solver = make(control)
+        if control.parts and control.stop == "rel" and control.scale is None:
+            solver = solver.in_parts(control.parts)  # an absolute tolerance has a unit already
+        return drive(solver, problem, z, control)
     return drive(Joint(make(replace(control, scale=None, parts=()))), problem, z, control)

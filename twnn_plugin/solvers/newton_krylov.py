@@ -16,6 +16,7 @@ from .driver import drive_rows
 from .measure import measure, threshold
 from .memory import to_unit
 from .precision import TENSOR_FLOAT, cut_short
+from .units import InUnits
 
 __all__ = ["Newton", "NewtonKrylov", "NewtonSteps"]
 
@@ -93,6 +94,10 @@ class NewtonSteps(StepSolver):
 
     method: NewtonKrylov
     control: Control
+
+    def in_parts(self, parts: tuple[int, ...]) -> StepSolver:
+        # The plain steps are made there, as many.
+        return InUnits(replace(self, method=replace(self.method, start=0)), parts, self.method.start)
 
     def init(self, z: Tensor) -> Newton:
         nothing = z.new_zeros(z.shape[0])

@@ -1,7 +1,8 @@
-"""Anderson acceleration of states whose parts differ in size."""
+"""Accelerated solves of states whose parts differ in size."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import twnn_plugin as tw
+from twnn_plugin import kernels
 
 f64 = torch.float64
 
@@ -38,15 +40,46 @@ def narrow(scale: float, seed: int = 0) -> tuple[Callable[..., Any], tuple[Tenso
     return f, z0, draw(8, 12, seed=seed + 50) * torch.logspace(-3, 0.5, 8, dtype=f64)[:, None]
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e2])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_anderson_takes_as_many_steps_whatever_the_units(scale, seed):
+ACCELERATED = ("anderson", "broyden", "newton_krylov", "auto")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("solver", ACCELERATED)
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e2, 1e6])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_as_many_steps_whatever_the_units(solver, scale, seed, compiled):
     counts = []
     for unit in (1.0, scale):
         f, z0, x = narrow(unit, seed)
-        with torch.no_grad():
-            counts.append(quiet(f, z0, x, tol=1e-6, max_iter=300).evaluations)
-    assert counts[1] <= 1.25 * counts[0], counts
+        z0 = z0[0], unit * z0[1]
+        with torch.no_grad(), contextlib.nullcontext() if compiled else kernels.disabled():
+            solution = quiet(f, z0, x, solver=solver, tol=1e-6, max_iter=300)
+        assert bool(solution.converged.all())
+        counts.append(solution.evaluations)
+    assert counts[1] <= 1.1 * counts[0], counts
+
+
+@pytest.mark.parametrize("solver", ACCELERATED)
+def test_rows_leave_with_their_units(solver):
+    """Each row's parts have sizes of their own; alone it takes the same steps."""
+    f, z0, x = narrow(1.0)
+    size = torch.logspace(-5, 5, 8, dtype=f64)[:, None]
+
+    def g(z, x, size):
+        a, b = f((z[0], z[1] / size), x)
+        return a, size * b
+
+    z0 = z0[0], size * z0[1]
+    with torch.no_grad():
+        whole = quiet(g, z0, x, size, solver=solver, tol=1e-8, max_iter=300)
+        assert bool(whole.converged.all()) and len(set(whole.steps.tolist())) > 2
+        for row in range(8):
+            pick = slice(row, row + 1)
+            alone = quiet(
+                g, (z0[0][pick], z0[1][pick]), x[pick], size[pick], solver=solver, tol=1e-8, max_iter=300
+            )
+            assert int(alone.steps[0]) == int(whole.steps[row])
+            torch.testing.assert_close(alone.value[1][0], whole.value[1][row], rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e2])
