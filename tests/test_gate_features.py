@@ -44,23 +44,24 @@ def test_a_gate_sees_means_and_maxima_and_a_policy_the_means():
     assert torch.equal(policy.features, out.mean((2, 3)))
 
 
-@pytest.mark.parametrize(("gate", "width"), [("sigmoid", 12), (("sigmoid", {"peaks": False}), 6)])
+@pytest.mark.parametrize(("gate", "width"), [("sigmoid", 12), (("sigmoid", {"pooling": "avg"}), 6)])
 def test_maxima_can_be_left_out(gate, width):
     gate = wormhole(gate).feedback.gate
-    assert gate.hidden.in_features == width == len(gate.running_mean) and gate.peaks == (width == 12)
+    assert gate.hidden.in_features == width == len(gate.running_mean)
+    assert gate.pooling == ("catavgmax" if width == 12 else "avg")
 
 
 def test_what_has_no_positions_has_no_maxima():
     block = Wormhole(nn.Linear(6, 6), torch.randn(2, 6))
-    assert not block.feedback.gate.peaks and block.feedback.gate.hidden.in_features == 6
+    assert block.feedback.gate.pooling == "avg" and block.feedback.gate.hidden.in_features == 6
 
 
 def test_a_gate_of_other_features_says_what_it_wants():
-    gate = tw.gate("sigmoid", channels=6, peaks=True)
+    gate = tw.gate("sigmoid", channels=6, pooling="catavgmax")
     with pytest.raises(tw.OptionError, match=r"\(B, 12\) features, the means and maxima .* got \(3, 6\)"):
         gate(torch.randn(3, 6))
-    with pytest.raises(tw.OptionError, match="peaks is True or False; got 1"):
-        tw.gate("sigmoid", channels=6, peaks=1)
+    with pytest.raises(tw.OptionError, match="pooling is one of 'avg', 'catavgmax'; got 'max'"):
+        tw.gate("sigmoid", channels=6, pooling="max")
 
 
 def test_a_third_partys_gate_without_the_option_gets_means():
@@ -225,3 +226,10 @@ def test_what_is_followed_under_torch_func_is_kept_as_plain_numbers(control):
     gates = [block.feedback.gate for block in blocks]
     torch.testing.assert_close(*(dict(gate.named_buffers()) for gate in gates))
     assert bool(gates[0].running_mean.any())
+
+
+def test_a_third_partys_gate_says_in_known_words_what_it_looks_at():
+    gate = tw.gate("sigmoid", channels=6)
+    gate.pooling = "avgmax"
+    with pytest.raises(tw.OptionError, match="pooling is one of 'avg', 'catavgmax'; got 'avgmax'"):
+        wormhole(gate)

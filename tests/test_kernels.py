@@ -19,7 +19,7 @@ import twnn_plugin as tw
 from tests import problems
 from tests.test_hostile import build, problem, run
 from twnn_plugin import kernels
-from twnn_plugin.blocks.message import peaks, pool
+from twnn_plugin.blocks.message import maxima, pool
 from twnn_plugin.solvers.anderson_rows import AndersonRows
 from twnn_plugin.solvers.base import Control
 from twnn_plugin.solvers.book_rows import BookRows, fits
@@ -550,9 +550,9 @@ def test_a_machine_without_a_compiler_installs_all_the_same(tmp_path):
 # A gate's look.
 
 
-def _gate(channels: int, per: str = "sample", bias: float = -1.0, peaks: bool = False) -> tw.gates.Gate:
+def _gate(channels: int, per: str = "sample", bias: float = -1.0, pooling: str = "avg") -> tw.gates.Gate:
     torch.manual_seed(0)
-    gate = tw.gates.get("straight_through")(channels, per=per, bias=bias, peaks=peaks).eval()
+    gate = tw.gates.get("straight_through")(channels, per=per, bias=bias, pooling=pooling).eval()
     torch.nn.init.normal_(gate.score.weight)
     gate.running_mean.normal_()
     gate.running_var.uniform_(0, 2)
@@ -576,7 +576,9 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_gate_looks_as_it_glances(shape, per, kind):
     layout = shape.split(",")[0]
-    gate = _gate(SHAPES[shape][1 if layout == "NCHW" else -1], per, peaks=kind != "means")
+    gate = _gate(
+        SHAPES[shape][1 if layout == "NCHW" else -1], per, pooling="avg" if kind == "means" else "catavgmax"
+    )
     for seed in range(8):
         out = torch.randn(SHAPES[shape], generator=torch.Generator().manual_seed(seed))
         if shape.endswith("channels_last"):
@@ -585,8 +587,8 @@ def test_a_gate_looks_as_it_glances(shape, per, kind):
             gate.threshold.fill_(5.0 * seed)
             told = gate.look(out, layout)
             mine = gate.scores
-            seen = [pool(out, layout, torch.float32), peaks(out, layout, torch.float32)]
-            glanced = gate.glance(torch.cat(seen, dim=1) if gate.peaks else seen[0])
+            seen = [pool(out, layout, torch.float32), maxima(out, layout, torch.float32)]
+            glanced = gate.glance(torch.cat(seen, dim=1) if gate.pooling == "catavgmax" else seen[0])
         assert told is not None and (told[0] is None) == (glanced is None)
         if glanced is not None and told[0] is not None:
             assert mine is not None and torch.allclose(mine, gate.scores, atol=1e-5)
@@ -608,9 +610,9 @@ def test_what_a_gate_tells_later_is_of_the_pass():
 
 
 @built
-@pytest.mark.parametrize("peaks", [False, True])
-def test_a_gate_concludes_nothing_from_what_is_not_a_number(peaks):
-    gate = _gate(6, bias=-50.0, peaks=peaks)
+@pytest.mark.parametrize("pooling", ["avg", "catavgmax"])
+def test_a_gate_concludes_nothing_from_what_is_not_a_number(pooling):
+    gate = _gate(6, bias=-50.0, pooling=pooling)
     for broken in (math.nan, math.inf, -math.inf):
         out = torch.randn(2, 6, 4, 4)
         with torch.no_grad():

@@ -18,7 +18,7 @@ from ..types import PolicyView
 from .aids import Aids
 from .choice import Choice, Pending
 from .companion import Companion
-from .message import LAYOUTS, Message, layout_of, peaks, pool
+from .message import LAYOUTS, Message, layout_of, maxima, pool
 from .one_map import Frozen
 from .origin import Origin
 from .path import check_path
@@ -231,7 +231,9 @@ class Feedback(Origin):
         given = out.detach() if out.requires_grad or torch.jit.is_tracing() else out
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         means = pool(given, self.out_layout, dtype)
-        return torch.cat([means, peaks(given, self.out_layout, dtype)], 1) if self.gate.peaks else means
+        if self.gate.pooling == "avg":
+            return means
+        return torch.cat([means, maxima(given, self.out_layout, dtype)], 1)
 
     def _check_opinion(self, opinion: GateOutput, rows: int) -> None:
         if not isinstance(opinion, GateOutput):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..constraints import contractive
 
-__all__ = ["LAYOUTS", "BallNorm", "Message", "layout_of", "peaks", "pool"]
+__all__ = ["LAYOUTS", "BallNorm", "Message", "layout_of", "maxima", "pool"]
 
 LAYOUTS = {"NC": 1, "NCHW": 1, "NHWC": -1, "NLC": -1}
 """Where the channels are in each layout that a message understands."""
@@ -41,7 +41,7 @@ def pool(value: Tensor, layout: str, dtype: torch.dtype | None = None) -> Tensor
     return value.flatten(1, -2).mean(dim=1, dtype=dtype)
 
 
-def peaks(value: Tensor, layout: str, dtype: torch.dtype | None = None) -> Tensor:
+def maxima(value: Tensor, layout: str, dtype: torch.dtype | None = None) -> Tensor:
     """(B, C) maxima over positions, in ``dtype``; None: in the activation's own."""
     if layout == "NC":
         found = value

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import gates
 from ..errors import MapError, OptionError
 from ..gates import Gate, LearnedGate
+from ..gates.base import POOLINGS, choose
 from .aids import Aids
 from .count import multiply_adds
 from .feedback import Feedback
@@ -125,8 +126,8 @@ def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Callable[...,
 
     def make(channels: int, outputs: int, positions: bool = False) -> Gate:
         each: dict[str, Any] = {"outputs": outputs} if options.get("per") == "channel" else {}
-        if positions and "peaks" in inspect.signature(gates.get(name)).parameters:
-            each["peaks"] = True
+        if positions and "pooling" in inspect.signature(gates.get(name)).parameters:
+            each["pooling"] = "catavgmax"
         return _fitting(
             gates.registry.make(name, channels=channels, **{**each, **options}), channels, outputs
         )
@@ -152,6 +153,7 @@ def _once(gate: Gate) -> Callable[..., Gate]:
 
 
 def _fitting(gate: Gate, channels: int, outputs: int) -> Gate:
+    choose("pooling", gate.pooling, POOLINGS)
     if isinstance(gate, LearnedGate):
         gate.check_fits(channels, outputs)
     return gate

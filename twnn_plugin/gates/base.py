@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FollowsGate", "Gate", "GateOutput", "ordinary"]
+from ..errors import OptionError, nearest
+
+__all__ = ["POOLINGS", "FollowsGate", "Gate", "GateOutput", "choose", "ordinary"]
+
+POOLINGS = ("avg", "catavgmax")
+"""What a gate may look at; see :attr:`Gate.pooling`."""
 
 
 class GateOutput(NamedTuple):
@@ -43,18 +48,20 @@ class Gate(nn.Module, ABC):
     """Decides from pooled activations; one instance a wormhole.
 
     Factories registered as gates take ``channels`` (of the activations) and their own options; one that has
-    an option ``peaks`` is given True for activations that have positions, unless the user says otherwise.
+    an option ``pooling`` is given ``"catavgmax"`` for activations that have positions, unless the user says
+    otherwise.
 
     Attributes:
-        peaks: whether the features are (B, 2 C): the means over positions, then their maxima. What a mean
-            drowns, such as an object that fills a corner, a maximum shows.
+        pooling: how activations are pooled, in timm's words. ``"avg"``: the (B, C) means over positions;
+            ``"catavgmax"``: (B, 2 C), the means and then the maxima. What a mean drowns, such as an object
+            that fills a corner, a maximum shows.
     """
 
-    peaks: bool = False
+    pooling: str = "avg"
 
     @abstractmethod
     def forward(self, features: Tensor) -> GateOutput:
-        """Look at pooled activations of the span's open-loop output, (B, C), or (B, 2 C) with ``peaks``."""
+        """Look at pooled activations of the span's open-loop output, (B, C) or (B, 2 C); see ``pooling``."""
 
     def glance(self, features: Tensor) -> Callable[[], Tensor] | None:
         """Whether :meth:`forward` would open no sample, if that can be told in few operations.
@@ -109,3 +116,11 @@ def ordinary(value: Tensor) -> Tensor:
         return value
     with torch.inference_mode(False):
         return value.clone()
+
+
+def choose(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    """Raise :class:`~twnn_plugin.errors.OptionError` unless a gate's option is one of the known values."""
+    if value not in known:
+        shown = ", ".join(repr(k) for k in known)
+        hint = nearest(str(value), [k for k in known if k is not None])
+        raise OptionError(f"A gate's {name} is one of {shown}; got {value!r}.{hint}")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels, transforms
-from ..errors import OptionError, nearest
-from .base import Gate, ordinary
+from ..errors import OptionError
+from .base import POOLINGS, Gate, choose, ordinary
 from .budget import Budget
 
 __all__ = ["LearnedGate", "largest"]
@@ -72,7 +72,7 @@ class LearnedGate(Gate):
             is open if any is.
         outputs: channels of the message, for ``per="channel"`` alone; None: as many as ``channels``.
         l0: weight of the expected share of open gates, the mean probability, in :meth:`penalty`.
-        peaks: whether the features are the maxima over positions, too, beside the means; see
+        pooling: ``"avg"``, or ``"catavgmax"`` for the maxima over positions beside the means; see
             :class:`~twnn_plugin.gates.Gate`.
 
     Raises:
@@ -97,7 +97,7 @@ class LearnedGate(Gate):
         per: str = "sample",
         outputs: int | None = None,
         l0: float = 0.0,
-        peaks: bool = False,
+        pooling: str = "avg",
     ):
         super().__init__()
         choose("learn", learn, (None, "benefit", "difficulty"))
@@ -114,13 +114,12 @@ class LearnedGate(Gate):
                 "A gate's dual_bound is positive, its momentum in (0, 1], and l0 at least 0; got "
                 f"{dual_bound!r}, {momentum!r} and {l0!r}."
             )
-        if not isinstance(peaks, bool):
-            raise OptionError(f"A gate's peaks is True or False; got {peaks!r}.")
-        self.channels, self.outputs, self.peaks = channels, outputs or channels, peaks
+        choose("pooling", pooling, POOLINGS)
+        self.channels, self.outputs, self.pooling = channels, outputs or channels, pooling
         self.temperature = self.usual_temperature if temperature is None else temperature
         self.budget, self.momentum, self.learn = budget, momentum, learn
         self.control, self.dual_bound, self.per, self.l0 = control, dual_bound, per, l0
-        width = channels * (2 if peaks else 1)
+        width = channels * (2 if pooling == "catavgmax" else 1)
         self.hidden = nn.Linear(width, hidden)
         self.score = nn.Linear(hidden, 1 if per == "sample" else self.outputs)
         nn.init.normal_(self.score.weight, std=0.02)
@@ -318,7 +317,7 @@ class LearnedGate(Gate):
         """The features, means and maxima each of mean zero and variance one over the channels."""
         width = self.running_mean.shape[0]
         if features.shape[1] != width:
-            kinds = "means and maxima" if self.peaks else "means"
+            kinds = "means and maxima" if self.pooling == "catavgmax" else "means"
             raise OptionError(
                 f"This {type(self).__name__} looks at (B, {width}) features, the {kinds} over positions of "
                 f"{self.channels} channels; got {tuple(features.shape)}."
@@ -449,11 +448,3 @@ def _check_outputs(outputs: Any, per: str) -> None:
             f"A gate's outputs are the channels of the message with per='channel'; got outputs={outputs!r} "
             f"with per={per!r}, where there is one strength a sample. Leave outputs out."
         )
-
-
-def choose(name: str, value: Any, known: tuple[Any, ...]) -> None:
-    """Raise :class:`~twnn_plugin.errors.OptionError` unless a gate's option is one of the known values."""
-    if value not in known:
-        shown = ", ".join(repr(k) for k in known)
-        hint = nearest(str(value), [k for k in known if k is not None])
-        raise OptionError(f"A gate's {name} is one of {shown}; got {value!r}.{hint}")

@@ -110,10 +110,10 @@ class TemporalSpan(Origin):
     def check_gate(self) -> None:
         """Raise :class:`OptionError` if the gate has an option that temporal wormholes cannot follow."""
         gate = self.gate
-        if gate.peaks:
+        if gate.pooling != "avg":
             raise OptionError(
-                f"The gate of {self.span!r} has peaks=True, and what a temporal wormhole's gate sees has no "
-                "positions to take maxima over. Leave the gate's option peaks out."
+                f"The gate of {self.span!r} has pooling={gate.pooling!r}, and what a temporal wormhole's "
+                "gate sees has no positions to take maxima over. Leave the gate's option pooling out."
             )
         if not isinstance(gate, LearnedGate):
             return
