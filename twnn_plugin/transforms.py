@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["active", "constant", "exporting", "many", "value_of", "wraps"]
+__all__ = ["active", "constant", "depth", "exporting", "many", "stripped", "value_of", "wraps"]
 
 
 @torch.compiler.assume_constant_result
@@ -21,6 +21,20 @@ def active() -> bool:
     """Whether tensors may carry more than ``.backward()`` knows: a functorch level or a tangent."""
     # torch has no public question for either; its own autograd.Function asks the first one this way.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def depth() -> int:
+    """How many transforms of ``torch.func`` are at work, one within the other."""
+    if not torch._C._are_functorch_transforms_active():
+        return 0
+    level: Any = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
+    return level or 0
+
+
+def stripped(tensor: Tensor) -> Tensor:
+    """What the outermost of the transforms has wrapped in a tensor; one that is not wrapped as it is."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.get_unwrapped(tensor) if wraps(tensor) else tensor
 
 
 def wraps(*values: object) -> bool:

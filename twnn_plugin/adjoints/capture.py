@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
 
+from .. import transforms
 from ..errors import MapError
 from ..trees import leaves, rebuild
 
@@ -19,7 +20,8 @@ __all__ = ["Capture", "Closed", "announce", "close", "substituted", "unwatched"]
 
 _OPAQUE = (
     "This derivative needs f as a function of every tensor it uses, and {what}. Part of it may be code that "
-    "torch functions do not see, such as a custom torch.autograd.Function or a scripted module: write that "
+    "torch functions do not see, such as a custom torch.autograd.Function or a scripted module, or a "
+    "torch.func transform inside of f that is given more than what f computes, such as a weight: write that "
     "part with torch functions, or use adjoint='unrolled'."
 )
 
@@ -57,11 +59,14 @@ class _Watch(TorchFunctionMode):
         self.asleep = False
         # Weak, so that watching keeps no intermediate result alive; an id alone may be used again.
         self.made: dict[int, weakref.ref[Tensor]] = {}
+        self.depth = transforms.depth()
+        self.within = _Within(self.given)
         for tensor in self.given:
             self.make(tensor)
 
     def __enter__(self) -> Any:
         announce(*self.given)
+        self.depth = transforms.depth()
         _active().append(self)
         return super().__enter__()
 
@@ -71,8 +76,21 @@ class _Watch(TorchFunctionMode):
 
     def make(self, tensor: Tensor) -> None:
         self.made[id(tensor)] = weakref.ref(tensor)
+        if transforms.depth() > self.depth:
+            self.within.make(tensor)
 
     def knows(self, tensor: Tensor) -> bool:
+        if self._has(tensor):
+            return True
+        # A transform that f makes wraps what it is given, and unwraps what it returns, out of sight.
+        inner = tensor
+        while transforms.wraps(inner):
+            inner = transforms.stripped(inner)
+            if self._has(inner):
+                return True
+        return self.within.knows(inner)
+
+    def _has(self, tensor: Tensor) -> bool:
         reference = self.made.get(id(tensor))
         return reference is not None and reference() is tensor
 
@@ -88,6 +106,51 @@ class _Watch(TorchFunctionMode):
     def skips(self, tensor: Tensor) -> bool:
         """Whether what a function returned is not new: a captured tensor that it wrote to."""
         return False
+
+
+class _Within:
+    """The memory of what was made inside of transforms that the function itself makes.
+
+    What they return is that memory in another tensor. It is kept alive: another tensor may otherwise be made
+    where it was. Memory of what is given or closed over says nothing, since parts of it may be closed over,
+    too.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        self.given = list(given)  # whose memory was not looked up yet: mostly nobody asks
+        self.others: set[int] = set()
+        self.made: dict[int, UntypedStorage] = {}
+
+    def make(self, tensor: Tensor) -> None:
+        """Keep the memory of a tensor that was made."""
+        self._settle()
+        storage = _memory(tensor)
+        if storage is not None and storage.data_ptr() not in self.others:
+            self.made[storage.data_ptr()] = storage
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in memory that is kept."""
+        if not self.made:
+            return False
+        self._settle()
+        storage = _memory(tensor)
+        return storage is not None and storage.data_ptr() in self.made
+
+    def _settle(self) -> None:
+        while self.given:
+            storage = _memory(self.given.pop())
+            if storage is not None:
+                self.others.add(storage.data_ptr())
+                self.made.pop(storage.data_ptr(), None)
+
+
+def _memory(tensor: Tensor) -> UntypedStorage | None:
+    """Where the numbers of a tensor lie; None: it has none, or lies in several places."""
+    while transforms.wraps(tensor):
+        tensor = transforms.stripped(tensor)
+    if tensor.layout is not torch.strided or not tensor.numel() or tensor.is_meta:
+        return None
+    return tensor.untyped_storage()
 
 
 class Capture(_Watch):
@@ -109,6 +172,7 @@ class Capture(_Watch):
     def _see(self, tensor: Tensor) -> None:
         if id(tensor) not in self.found and not self.knows(tensor) and (self.every or tensor.requires_grad):
             self.found[id(tensor)] = tensor
+            self.within.given.append(tensor)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -146,6 +210,7 @@ class _Substitute(_Watch):
         super().__init__((*given, *places.values()))
         self.places = places
         self.constants = constants
+        self.within.given += constants.values()
         self.originals = originals
 
     def swap(self, leaf: Any) -> Any:
