@@ -170,3 +170,15 @@ def test_a_transform_that_is_given_a_weight_is_refused(f):
         jacrev(lambda x: solved(f, x, W, "implicit"))(X)
     value = solved(f, X.clone().requires_grad_(), W.clone().requires_grad_(), "implicit")
     value.sum().backward()  # a first derivative needs nothing of the kind
+
+
+def test_what_a_transform_around_f_wraps_is_another_tensor_than_the_one_inside():
+    """The context is given as it is, and closed over as what is differentiated."""
+    x = X[:1]
+
+    def value(w, solve):
+        return solve(lambda z, _: 0.3 * torch.tanh(z) * w, x, W).sin().sum()
+
+    for transform in (grad, jacfwd, hessian):
+        mine = transform(lambda w: value(w, lambda *a: solved(*a, "implicit")))(x)
+        torch.testing.assert_close(mine, transform(lambda w: value(w, iterated))(x))

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["active", "constant", "depth", "exporting", "many", "stripped", "value_of", "wraps"]
+__all__ = [
+    "active",
+    "constant",
+    "depth",
+    "exporting",
+    "level_of",
+    "many",
+    "stripped",
+    "value_of",
+    "wraps",
+]
 
 
 @torch.compiler.assume_constant_result
@@ -29,6 +39,12 @@ def depth() -> int:
         return 0
     level: Any = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
     return level or 0
+
+
+def level_of(tensor: Tensor) -> int:
+    """Which of the transforms that are at work has wrapped a tensor, counted from outside; 0: none."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.maybe_get_level(tensor) if wraps(tensor) else 0
 
 
 def stripped(tensor: Tensor) -> Tensor:

@@ -82,13 +82,13 @@ class _Watch(TorchFunctionMode):
     def knows(self, tensor: Tensor) -> bool:
         if self._has(tensor):
             return True
-        # A transform that f makes wraps what it is given, and unwraps what it returns, out of sight.
-        inner = tensor
-        while transforms.wraps(inner):
-            inner = transforms.stripped(inner)
-            if self._has(inner):
+        # A transform that f makes wraps what it is given, and unwraps what it returns, out of sight. What
+        # those around f have wrapped is another tensor than the one inside of it.
+        while transforms.level_of(tensor) > self.depth:
+            tensor = transforms.stripped(tensor)
+            if self._has(tensor):
                 return True
-        return self.within.knows(inner)
+        return self.within.knows(tensor)
 
     def _has(self, tensor: Tensor) -> bool:
         reference = self.made.get(id(tensor))

@@ -3,24 +3,45 @@
  * A row's numbers are those of Row, and behind them 1 / ||s||^2 of each step s that it has kept.
  */
 
-/* v, which holds the residual of a row, goes on by the steps of the row's past (Kelley 1995, section 7.3); what the
- * newest of them leaves to divide v by: 1 - c_m. */
-INLINE T N(past)(const Kelley *job, ptrdiff_t row, T *restrict v, const T *inverse, int count)
+/* v becomes v + c * s; the product of s with it, in the same pass. */
+INLINE T N(along)(T *restrict v, const T *restrict s, T c, ptrdiff_t n)
 {
-    const ptrdiff_t at = row * job->width;
-    T c = 0;
-    for (int k = 0; k < count; k++) {
-        c = inverse[k] * (T)N(dot)((const T *)job->slot[k] + at, v, job->width);
-        if (k + 1 < count)
-            N(subtract)(v, (const T *)job->slot[k + 1] + at, -c, job->width);
+    double sum = 0;
+    for (ptrdiff_t from = 0; from < n; from += BLOCK) {
+        const ptrdiff_t to = from + BLOCK < n ? from + BLOCK : n;
+        T lane[LANES] = {0};
+        ptrdiff_t i = from;
+        for (; i + LANES <= to; i += LANES)
+            for (int j = 0; j < LANES; j++) {
+                v[i + j] += c * s[i + j];
+                lane[j] += s[i + j] * v[i + j];
+            }
+        for (int j = 0; i < to; i++, j++) {
+            v[i] += c * s[i];
+            lane[j] += s[i] * v[i];
+        }
+        sum += N(folded)(lane);
     }
+    return (T)sum;
+}
+
+/* v becomes the residual r of a row, and goes on by the steps of the row's past (Kelley 1995, section 7.3); what the
+ * newest of them leaves to divide v by: 1 - c_m. */
+INLINE T N(past)(const Kelley *job, ptrdiff_t row, T *restrict v, const T *restrict r, const T *inverse, int count)
+{
+    const ptrdiff_t at = row * job->width, n = job->width;
+    memcpy(v, r, (size_t)n * sizeof(T));
+    if (count == 0)
+        return 1;
+    T c = inverse[0] * (T)N(dot)((const T *)job->slot[0] + at, v, n);
+    for (int k = 1; k < count; k++)
+        c = inverse[k] * N(along)(v, (const T *)job->slot[k] + at, c, n);
     return 1 - c;
 }
 
-/* 1 / ||s||^2; zero for no step and where it would overflow. */
-INLINE T N(inverted)(const T *s, ptrdiff_t n, T least)
+/* 1 / ||s||^2 of its square; zero for no step and where it would overflow. */
+INLINE T N(inverted)(T square, T least)
 {
-    const T square = (T)N(dot)(s, s, n);
     return square > least ? 1 / square : 0;
 }
 
@@ -30,15 +51,33 @@ INLINE void N(go)(const Kelley *job, ptrdiff_t row, T *restrict v, T rest, T *in
 {
     const ptrdiff_t n = job->width;
     const T *restrict z = (const T *)job->z + row * n;
-    T *restrict s = count < job->memory ? (T *)job->slot[count] + row * n : NULL;
-    for (ptrdiff_t i = 0; i < n; i++)
-        v[i] /= rest;
-    if (s) {
-        memcpy(s, v, (size_t)n * sizeof(T));
-        inverse[count] = N(inverted)(s, n, (T)job->least);
+    if (count >= job->memory) {
+        for (ptrdiff_t i = 0; i < n; i++)
+            v[i] = z[i] + v[i] / rest;
+        return;
     }
-    for (ptrdiff_t i = 0; i < n; i++)
-        v[i] += z[i];
+    T *restrict s = (T *)job->slot[count] + row * n;
+    double square = 0;
+    for (ptrdiff_t from = 0; from < n; from += BLOCK) {
+        const ptrdiff_t to = from + BLOCK < n ? from + BLOCK : n;
+        T lane[LANES] = {0};
+        ptrdiff_t i = from;
+        for (; i + LANES <= to; i += LANES)
+            for (int j = 0; j < LANES; j++) {
+                const T step = v[i + j] / rest;
+                s[i + j] = step;
+                lane[j] += step * step;
+                v[i + j] = z[i + j] + step;
+            }
+        for (int j = 0; i < to; i++, j++) {
+            const T step = v[i] / rest;
+            s[i] = step;
+            lane[j] += step * step;
+            v[i] = z[i] + step;
+        }
+        square += N(folded)(lane);
+    }
+    inverse[count] = N(inverted)((T)square, (T)job->least);
 }
 
 /* A plain step, which is all of the past that is kept. */
@@ -48,7 +87,7 @@ INLINE void N(begin)(const Kelley *job, ptrdiff_t row, T *v, T *inverse)
     const T *r = (const T *)job->r + row * job->width;
     memcpy(v, (const T *)job->f + row * job->width, n * sizeof(T));
     memcpy((T *)job->slot[0] + row * job->width, r, n * sizeof(T));
-    *inverse = N(inverted)(r, job->width, (T)job->least);
+    *inverse = N(inverted)((T)N(dot)(r, r, job->width), (T)job->least);
 }
 
 /* Rows from..to of a step of Broyden's method; solvers/broyden.py says what is computed and why. */
@@ -70,8 +109,7 @@ CLONES static Ended N(broyden)(ptrdiff_t from, ptrdiff_t to, const void *given)
         }
         if (norm < best || norm != norm)
             numbers[BEST] = norm;
-        memcpy(v, r, (size_t)n * sizeof(T));
-        const T rest = N(past)(job, row, v, inverse, (int)numbers[COUNT]);
+        const T rest = N(past)(job, row, v, r, inverse, (int)numbers[COUNT]);
         const int sound = norm <= (T)job->restart * best && FABS(rest) > (T)job->singular;
         const int full = numbers[AGE] == job->memory;
         numbers[AGE] = full ? 1 : numbers[AGE] + 1;
@@ -113,7 +151,8 @@ CLONES static Ended N(judge)(ptrdiff_t from, ptrdiff_t to, const void *given)
         if (!soon && isfinite(before)) {
             numbers[MODE] = BROYDEN;
             numbers[COUNT] = 1;
-            numbers[FIELDS] = N(inverted)((const T *)job->slot[0] + row * n, n, (T)job->least);
+            const T *s = (const T *)job->slot[0] + row * n;
+            numbers[FIELDS] = N(inverted)((T)N(dot)(s, s, n), (T)job->least);
             fast.rows++;
         } else {
             memcpy((T *)job->slot[0] + row * n, r, (size_t)n * sizeof(T));
@@ -141,8 +180,7 @@ CLONES static Ended N(automatic)(ptrdiff_t from, ptrdiff_t to, const void *given
         const int newton = numbers[MODE] == NEWTON;
         if (!newton) {
             const int count = (int)numbers[COUNT];
-            memcpy(v, r, (size_t)n * sizeof(T));
-            const T rest = N(past)(job, row, v, inverse, count);
+            const T rest = N(past)(job, row, v, r, inverse, count);
             if (FABS(rest) > (T)job->singular && numbers[AGE] < job->memory) {
                 N(go)(job, row, v, rest, inverse, count);
                 numbers[COUNT] = count < job->memory ? count + 1 : count;
