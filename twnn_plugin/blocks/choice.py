@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .. import transforms
 from ..gates import Gate
 from .aids import Aids
 from .companion import Companion
@@ -45,7 +46,7 @@ class Choice(NamedTuple):
         weight = torch.where(opened, self.amount, self.probability).detach()
         silenced = torch.where(opened, 0.0, self.probability).detach()
         source = self.probability
-        if self.amount.requires_grad:
+        if not transforms.constant(self.amount):
             source = torch.where(opened, self.amount, self.probability)
         lever = source - source.detach()
         if self.margin is not None:  # the gate learns otherwise

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import transforms
 from ..errors import AttachError, OptionError
 from ..gates import FollowsGate, Gate, GateOutput
 from ..gates.base import ordinary
 from ..regularise import jacobian_frobenius
-from ..transforms import wraps
 from ..types import PolicyView
 from .aids import Aids
 from .choice import Choice, Pending
@@ -114,9 +114,7 @@ class Feedback(Origin):
 
     @last.setter
     def last(self, record: SpanRecord | None) -> None:
-        # What torch.func has made means nothing once it is done, and could not be copied or saved.
-        passing = record is not None and wraps(*vars(record).values())
-        self._latest.record = None if passing else record
+        self._latest.record = None if record is None else record.outlasting()
 
     def settle(
         self,
@@ -228,7 +226,8 @@ class Feedback(Origin):
         """(B, C) what the gate looks at, or (B, 2 C) if it looks at maxima, too, in float32 or float64."""
         # The gate reads the activations but does not shape them: its gradient stays its own.
         # Traced with gradients and checked without: both must be the same graph.
-        given = out.detach() if out.requires_grad or torch.jit.is_tracing() else out
+        apart = out.requires_grad or transforms.active() or torch.jit.is_tracing()
+        given = out.detach() if apart else out
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         means = pool(given, self.out_layout, dtype)
         if self.gate.pooling == "avg":

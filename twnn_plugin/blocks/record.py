@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..types import AdjointReport, Status
 
 __all__ = ["Report", "Rest", "SpanRecord", "per_row"]
@@ -49,6 +50,20 @@ class SpanRecord:
     group: str | None = None
     mode: str = ""
     solved: Tensor | None = field(default=None, repr=False)
+
+    def outlasting(self) -> SpanRecord | None:
+        """Itself, with the plain values of what ``torch.func`` has wrapped; None under ``vmap``.
+
+        What a transform has made means nothing once it is done, and could not be copied or saved.
+        """
+        plain: dict[str, Tensor] = {}
+        for name, value in vars(self).items():
+            if transforms.wraps(value):
+                found = transforms.value_of(value)
+                if found is None:
+                    return None
+                plain[name] = found
+        return replace(self, **plain) if plain else self
 
     @property
     def adjoint(self) -> AdjointReport | None:

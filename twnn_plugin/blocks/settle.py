@@ -235,7 +235,7 @@ class _Solve(Alike, Reaching):
             return self._replay(index, entry, tuple(signals), rest[4 * count :])
 
         # Where no gate learns from its lever, closed rows keep their open-loop value, and its gradient.
-        alone = not any(lever.requires_grad for lever in levers) and not bool(opened.all())
+        alone = all(map(transforms.constant, levers)) and not bool(opened.all())
         rows = torch.nonzero(opened).flatten() if alone else None
         if rows is not None and not rows.numel():
             self._note(opened, None, None)
@@ -372,6 +372,8 @@ class _Solve(Alike, Reaching):
             where = torch.arange(batch, device=device) if rows is None else rows
             status[where], steps[where] = solution.status, solution.steps
             residual[where] = solution.residual.to(residual.dtype)
+            if transforms.active():  # where closed rows, which rest, are looked at once like all others
+                steps = torch.where(opened, steps, 0)
         fallback = status != int(Status.converged)
         if self.training:
             fallback = torch.zeros_like(fallback) if replaced is None else replaced

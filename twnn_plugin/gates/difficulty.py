@@ -29,6 +29,10 @@ class _Difficulty(torch.autograd.Function):
         (margin,) = ctx.saved_tensors
         return grads[0], _lesson(_sizes(grads[0], margin), margin, ctx.share), None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].view_as(tangents[0])  # what is taught is no derivative of the value
+
 
 class _ClosedDifficulty(torch.autograd.Function):
     """Identity on ``out`` and ``closed``; its backward teaches ``margin`` which samples are hard."""
@@ -53,6 +57,10 @@ class _ClosedDifficulty(torch.autograd.Function):
         # Without a loss of its own (closed_weight=0) the closed network says nothing.
         size = torch.where((closed > 0).any(), closed, opened)
         return grads[0], grads[1], _lesson(size, margin, ctx.share), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, Tensor]:
+        return tangents[0].view_as(tangents[0]), tangents[1].view_as(tangents[1])
 
 
 def _sizes(grad: Tensor, margin: Tensor) -> Tensor:
