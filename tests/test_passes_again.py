@@ -132,6 +132,18 @@ def test_nothing_of_torch_func_stays_in_the_model(how, tmp_path):
     assert tw.report(m)
 
 
+def test_the_report_of_the_unrolled_form_alone():
+    """Nothing was solved in this model before, so that nothing else has told what an evaluation is given."""
+    m, again = (model(policy="always").eval() for _ in range(2))
+    with torch.no_grad():
+        tw.unrolled(m, 2)(images())
+        again(images())
+    (record,), (solved,) = tw.report(m), tw.report(again)
+    rows = len(images())
+    assert record.steps.tolist() == [2] * rows and record.evaluations == 2 * rows
+    assert record.multiply_adds * solved.evaluations == solved.multiply_adds * record.evaluations > 0
+
+
 # Closed heads -------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from .one_map import Frozen
 from .record import SpanRecord, per_row
 from .settings import SolveSettings
 
-__all__ = ["GroupReplay", "at_rest", "settle", "settle_and_send"]
+__all__ = ["GroupReplay", "at_rest", "note_shapes", "settle", "settle_and_send"]
 
 GroupReplay = Callable[..., tuple[Tensor, ...]]
 """``replay(entry, signals, *constants) -> outs``: the union of the spans applied to rows of inputs.
@@ -157,9 +157,8 @@ class _Solve(Alike, Reaching):
         self.beside: list[Tensor] | None = None  # the open-loop outputs on their way to a closed head
         # Kept here: the records are those of whichever pass came last.
         self.fallback = torch.zeros_like(self.choices[0].opened)
-        probes = [c.new_zeros(1, *c.shape[1:]) for c in constants]
-        for part, e, out in zip(parts, entries, outs, strict=True):
-            part.shapes = (e.shape[1:], out.shape[1:], probes, self.entry.shape[1:])
+        note_shapes(parts, entries, outs, constants, entry)
+        for part in parts:
             part.pending = None
 
     def run(self) -> tuple[Tensor, ...]:
@@ -397,6 +396,30 @@ class _Solve(Alike, Reaching):
             if part.companion is not None:
                 part.companion.note(record)  # part.last may be another thread's by now
             part.solved(self.training)
+
+
+def note_shapes(
+    parts: Sequence[Part],
+    entries: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    entry: Tensor,
+) -> None:
+    """Note what an evaluation is given, so that its multiply-adds can be counted when somebody asks.
+
+    Args:
+        parts: the wormholes.
+        entries: as for :func:`settle`.
+        outs: so too.
+        constants: so too.
+        entry: (B, ...) the input of the union's first call.
+    """
+    made = (c.new_zeros(1, *c.shape[1:]) for c in constants)
+    probes = [plain for probe in made if (plain := transforms.value_of(probe)) is not None]
+    if len(probes) < len(constants):  # under vmap there is no record, either
+        return
+    for part, e, out in zip(parts, entries, outs, strict=True):
+        part.shapes = (e.shape[1:], out.shape[1:], probes, entry.shape[1:])
 
 
 def _refuse_vmap(parts: Sequence[Part], outs: Sequence[Tensor]) -> None:

@@ -15,7 +15,7 @@ from ...blocks import Feedback, GroupReplay, SpanRecord
 from ...blocks.choice import Choice
 from ...blocks.one_map import Frozen
 from ...blocks.record import per_row
-from ...blocks.settle import settle
+from ...blocks.settle import note_shapes, settle
 from ...errors import AttachError, OptionError
 from ...solvers import Control, Outcome, Problem, WholeSolver
 from ...types import Status
@@ -82,6 +82,8 @@ class Steps:
         choices = [part.choose(out) for part, out in zip(parts, outs, strict=True)]
         weights = [part.message.weight() for part in parts]
         start = entries[0] if entry is None else entry
+        if not torch.compiler.is_compiling():  # nobody asks an exported program
+            note_shapes(parts, entries, outs, constants, start)
         state = new = tuple(outs)
         for _ in range(self.steps):
             signals = tuple(
