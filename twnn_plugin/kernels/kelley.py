@@ -98,10 +98,8 @@ class Kelley:
         """(b,) bool: Newton's method, which has this number, has the row, and has had it in the last step."""
         return (numbers[:, _MODE] == newton) & (numbers[:, _LOST] == 0)
 
-    def broyden(
-        self, z: Tensor, fz: Tensor, r: Tensor, numbers: Tensor, slots: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[int, int]]:
-        """(b, D) the next iterates of Broyden's method, in new memory; and nothing else.
+    def broyden(self, z: Tensor, fz: Tensor, r: Tensor, numbers: Tensor, slots: Sequence[Tensor]) -> Tensor:
+        """(b, D) the next iterates of Broyden's method, in new memory.
 
         Args:
             z: (b, D) the iterates, as ``same`` makes them.
@@ -111,7 +109,9 @@ class Kelley:
             slots: (b, D) each, one more than steps are kept by any row, ``memory`` at most; written to.
         """
         assert library is not None
-        return self._stepped(library.broyden, z, fz, r, numbers, None, slots)
+        following = torch.empty_like(fz)
+        self._call(library.broyden, z, fz, r, numbers, None, following, slots)
+        return following
 
     def judge(self, z: Tensor, fz: Tensor, r: Tensor, numbers: Tensor, slots: Sequence[Tensor]) -> int:
         """How many rows are no longer for plain steps, this one included; arguments as :meth:`broyden`'s."""
@@ -132,20 +132,8 @@ class Kelley:
             slots: as :meth:`broyden`'s.
         """
         assert library is not None
-        return self._stepped(library.automatic, z, fz, r, numbers, back, slots)
-
-    def _stepped(
-        self,
-        kernel: Callable[..., Any],
-        z: Tensor,
-        fz: Tensor,
-        r: Tensor,
-        numbers: Tensor,
-        back: Tensor | None,
-        slots: Sequence[Tensor],
-    ) -> tuple[Tensor, tuple[int, int]]:
         following = torch.empty_like(fz)
-        return following, self._call(kernel, z, fz, r, numbers, back, following, slots)
+        return following, self._call(library.automatic, z, fz, r, numbers, back, following, slots)
 
     def _call(
         self,

@@ -26,9 +26,7 @@ class _Past(NamedTuple):
     # Rows behind those of the batch mean nothing.
     kernel: kernels.Kelley
     numbers: Tensor  # (b, n) the kernel's
-    slots: tuple[
-        Tensor, ...
-    ] = ()  # (b, D) each, made when they are needed: the steps of each row, oldest first
+    slots: tuple[Tensor, ...] = ()  # (b, D) each, made when needed: the steps of each row, oldest first
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class BroydenRows(StepSolver):
         if len(slots) < self.memory:
             slots = (*slots, torch.empty_like(r))
         z, fz = kernels.same(z, r), kernels.same(fz, r)
-        following, _ = kernel.broyden(z, fz, r, numbers, slots)
-        return following, _Past(kernel, numbers, slots)
+        return kernel.broyden(z, fz, r, numbers, slots), _Past(kernel, numbers, slots)
 
     def keep(self, state: _Past, rows: Tensor) -> _Past:
         numbers, *slots = kernels.shrunk([state.numbers, *state.slots], rows)
