@@ -209,9 +209,25 @@ def test_a_row_that_stagnated_neither_lets_others_go_nor_holds_them_up(solver, e
     assert solution.steps.tolist() == [42, 42, 20]
 
 
+@pytest.mark.parametrize("every", [None, 5])
+def test_what_others_hear_of_a_diverged_row_is_the_value_that_is_handed_out(every):
+    def f(z, c):
+        # Row 0 hears row 1, which moves long after row 2, whom it hears too, has diverged.
+        return torch.cat([0.5 * torch.sin(z[1:2] + z[2:]), 0.98 * z[1:2] + 2, 3.0 * z[2:]]) + c
+
+    c = torch.tensor([[0.0], [0.0], [1.0]], dtype=f64)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            options = {"solver": "picard", "adjoint": "unrolled", "check_every": every}
+            solution = quietly(f, torch.ones_like(c), c, tol=1e-6, max_iter=2000, **options)
+        assert solution.status.tolist() == [0, 0, Status.diverged]
+        assert bool((residual(f, solution, c)[:2] <= 1e-6).all())
+
+
+@pytest.mark.parametrize("start", [torch.zeros(5, 2, dtype=f64), drawn(5, 2, seed=6)], ids=["zero", "drawn"])
 @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden", "newton_krylov", "auto"])
-@pytest.mark.parametrize("f", [meaned, mixed])
-def test_values_are_those_of_the_whole_batch_whatever_the_adjoint(f, solver):
+@pytest.mark.parametrize("f", [meaned, mixed, averaged])
+def test_values_are_those_of_the_whole_batch_whatever_the_adjoint(f, solver, start):
     c, sizes = with_a_failure(), set()
 
     def watched(z, c):
@@ -221,9 +237,7 @@ def test_values_are_those_of_the_whole_batch_whatever_the_adjoint(f, solver):
     def solve(adjoint, grad):
         with torch.set_grad_enabled(grad):
             at = c.clone().requires_grad_(grad)
-            return quietly(
-                watched, torch.zeros_like(c), at, solver=solver, adjoint=adjoint, tol=1e-8, max_iter=200
-            )
+            return quietly(watched, start, at, solver=solver, adjoint=adjoint, tol=1e-8, max_iter=200)
 
     expected = solve("unrolled", False)
     assert expected.status.tolist() == [0, 0, Status.non_finite, 0, 0]
@@ -238,8 +252,9 @@ def test_values_are_those_of_the_whole_batch_whatever_the_adjoint(f, solver):
     assert sizes == {5}
 
 
+@pytest.mark.parametrize("start", [torch.zeros(5, 2, dtype=f64), drawn(5, 2, seed=6)], ids=["zero", "drawn"])
 @pytest.mark.parametrize("adjoint", ["implicit", "ad_fixed_point", "unrolled", "checkpointed"])
-def test_gradients_are_those_of_the_whole_batch(adjoint):
+def test_gradients_are_those_of_the_whole_batch(adjoint, start):
     """The failed row is zero to the others, and stays so in the backward pass."""
     c, v = with_a_failure(), 0.4 * drawn(2, 2, seed=5)
 
@@ -258,7 +273,7 @@ def test_gradients_are_those_of_the_whole_batch(adjoint):
 
     def solved(c, v):
         options = {"adjoint": adjoint, "tol": 1e-10, "max_iter": 200}
-        return quietly(lambda z, c: f(z, c, v), torch.zeros_like(c), c, **options).value
+        return quietly(lambda z, c: f(z, c, v), start, c, **options).value
 
     for found, expected in zip(gradients(solved), gradients(iterated), strict=True):
         assert_close(found, expected, 1e-7)

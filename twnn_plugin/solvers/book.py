@@ -186,6 +186,11 @@ class Book:
         self.alive = ~leaving if self.alive is None else self.alive ^ leaving
         self._less(local.numel())
 
+    def held(self, z: Tensor) -> Tensor:
+        """The iterates (b, D), whose batch never shrank, with the rows that finished last at their values."""
+        newest = self.pieces[-1]
+        return z.detach().index_copy(0, newest.rows, newest.value.detach())
+
     def exhaust(self, fz: Tensor) -> None:
         """Write down the rows for which the evaluations ran out; their value is the newest state."""
         if self.alive is None:

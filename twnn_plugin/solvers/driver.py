@@ -114,7 +114,11 @@ def drive(solver: StepSolver, problem: Problem, z: Tensor, control: Control) -> 
             book.exhaust(fz)
             break
         following, state = solver.step(problem, z, fz, r, state)
-        if book.alive is not None and torch.is_grad_enabled():
+        if book.alive is not None and control.coupled:
+            # The others hear it: what they settle to must belong to the value that is handed out.
+            assert isinstance(book, Book)  # that of compiled rows has none that are coupled
+            following = torch.where(book.alive[:, None], following, book.held(z))
+        elif book.alive is not None and torch.is_grad_enabled():
             # What becomes of a finished row is ignored, but if it overflows, 0 * inf makes the gradient of
             # every weight NaN: it stands still.
             following = torch.where(book.alive[:, None], following, z.detach())
