@@ -139,6 +139,17 @@ def test_statuses():
     assert "raise max_iter" in solution.describe() and "contraction" in solution.describe()
 
 
+def test_the_error_names_every_row_that_failed():
+    """Row by row while they are few, and in runs."""
+    factors = torch.full((40, 1), 2.0)
+    factors[[3, 20]] = 0.5
+    with pytest.raises(tw.FixedPointError, match=r"38 row\(s\) \[0-2, 4-19, 21-39\]") as caught:
+        tw.fix(lambda z, a: a * z + 1, torch.zeros(40, 1), factors, solver="picard", throw=True)
+    assert caught.value.rows == tuple(i for i in range(40) if i not in (3, 20))
+    with pytest.raises(tw.FixedPointError, match=r"2 row\(s\) \[3, 20\]"):
+        tw.fix(lambda z, a: a * z + 1, torch.zeros(40, 1), 1 / factors, solver="picard", throw=True)
+
+
 def test_stagnation_at_the_rounding_floor():
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(64, 64, generator=generator)

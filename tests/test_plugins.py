@@ -312,6 +312,14 @@ def wrong_signature():
     return module
 
 
+class Panic(BaseException):
+    """As extension modules raise it: no ``Exception``."""
+
+
+def panicking(register):
+    raise Panic("of an extension")
+
+
 BROKEN = {
     "raises": (lambda: plugin("broken", solvers=broken), RuntimeError, "out of cheese"),
     "second hook raises": (
@@ -345,6 +353,11 @@ BROKEN = {
         lambda: plugin("broken", solvers=lambda register: register("anderson", Thing, replce=True)),
         TypeError,
         "replce",
+    ),
+    "panic": (
+        lambda: plugin("broken", solvers=panicking),
+        Panic,
+        "of an extension",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -176,3 +177,9 @@ def test_every_name_is_found_and_every_other_refused(names, other):
 def test_nearest_is_empty_without_a_match():
     assert nearest("picard", []) == ""
     assert nearest("andersen", ["anderson", "picard"]) == " Did you mean 'anderson'?"
+
+
+def test_the_owner_of_a_partial_function_is_that_of_the_function():
+    tools: Registry[Tool] = Registry("tool", Tool)
+    tools.register("mallet", functools.partial(functools.partial(Hammer)))
+    assert tools.owner("mallet") == Hammer.__module__.split(".")[0]

@@ -520,3 +520,14 @@ def test_one_tensor_as_context_twice():
     agree(first.detach(), grad(reference)(x))
     agree(second, grad(lambda x: grad(reference)(x).sum())(x))
     agree(hessian(value)(x), hessian(reference)(x))
+
+
+@pytest.mark.parametrize("mapped", ["context", "weight"])
+def test_steps_that_are_recorded_cannot_be_mapped_over(mapped):
+    def value(x, w):
+        return tw.fix(lambda z, x: 0.2 * z @ w + x, torch.zeros(2, 2), x, adjoint="unrolled").value
+
+    x, w = torch.ones(3, 2, 2), torch.eye(2).expand(3, 2, 2)
+    dims = (0, None) if mapped == "context" else (None, 0)
+    with pytest.raises(tw.TransformError, match="cannot map over adjoint='unrolled'"):
+        vmap(value, dims)(*(t if dim == 0 else t[0] for t, dim in zip((x, w), dims, strict=True)))

@@ -172,6 +172,15 @@ def test_a_transform_that_is_given_a_weight_is_refused(f):
     value.sum().backward()  # a first derivative needs nothing of the kind
 
 
+def test_a_second_derivative_of_a_transform_that_is_given_a_weight_is_refused():
+    """Also where no transform is at work any more when it is asked for."""
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    value = solved(lambda z, w: -0.2 * grad(energy)(z, w), x, w, "implicit")
+    (g,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="more than what f computes"):
+        torch.autograd.grad(g.square().sum(), w)
+
+
 def test_what_a_transform_around_f_wraps_is_another_tensor_than_the_one_inside():
     """The context is given as it is, and closed over as what is differentiated."""
     x = X[:1]

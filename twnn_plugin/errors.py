@@ -7,7 +7,7 @@ from the built-in exception a user would catch for that kind of mistake.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AttachError",
@@ -53,11 +53,13 @@ class FixedPointError(RuntimeError):
     Attributes:
         solution: the :class:`~twnn_plugin.types.Solution`, with status, steps and residual of
             every row, so that nothing is lost by the exception. ``None`` if there is none.
+        rows: indices of the rows that failed.
     """
 
-    def __init__(self, message: str, solution: object = None):
+    def __init__(self, message: str, solution: object = None, rows: Sequence[int] = ()):
         super().__init__(message)
         self.solution = solution
+        self.rows = tuple(rows)
 
 
 class TransformError(RuntimeError):

@@ -148,10 +148,10 @@ def _fix(
 ) -> Solution:
     solution, status = _run(f, z0, context, control, solver, adjoint)
     if not kinds(status) <= {int(Status.converged)}:
-        failed = int((status != int(Status.converged)).sum())
-        message = f"{failed} of {status.numel()} rows did not converge. {describe(status)}"
+        failed = torch.nonzero(status != int(Status.converged)).flatten().tolist()
+        message = f"{len(failed)} of {status.numel()} rows did not converge. {describe(status)}"
         if throw:
-            raise FixedPointError(message, solution)
+            raise FixedPointError(message, solution, failed)
         warnings.warn(message, ConvergenceWarning, stacklevel=3)
     return solution
 

@@ -212,7 +212,9 @@ class PluginHost:
                 with self._all_or_nothing():
                     before = self._entries()
                     self.add(point.load(), label, owner, version, guard=True, before=before)
-            except (Exception, SystemExit) as error:
+            except (KeyboardInterrupt, GeneratorExit):
+                raise
+            except BaseException as error:  # a panic of an extension module, for one, is no Exception
                 _log.debug("plugin %r failed to load", label, exc_info=error)
                 reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:") + "."
                 self._failures[label] = reason

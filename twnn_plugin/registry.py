@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -128,7 +129,10 @@ class Registry(Generic[T]):
             raise TypeError(
                 f"The factory of {self.kind} {name!r} must be callable, not a {type(factory).__name__}."
             )
-        module: str = getattr(factory, "__module__", None) or "user"
+        made: Any = factory
+        while isinstance(made, functools.partial):
+            made = made.func
+        module: str = getattr(made, "__module__", None) or "user"
         owner = owner or module.split(".")[0]
         taken = self._entries.get(name)
         if taken is not None and not replace:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "active",
     "constant",
+    "dead",
     "depth",
     "exporting",
     "level_of",
@@ -59,6 +60,12 @@ def wraps(*values: object) -> bool:
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
     return any(isinstance(x, Tensor) and wrapped(x) for x in values)
+
+
+def dead(tensor: Tensor) -> bool:
+    """Whether what wrapped a tensor is a transform that has ended, so that it has no numbers any more."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.is_dead_tensor_wrapper(tensor)
 
 
 def constant(tensor: Tensor) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,10 +47,13 @@ _SENTENCES = {
         "an overflow in f."
     ),
     Status.stagnated: (
-        "The residual stopped at the rounding floor of the dtype above the tolerance: raise tol or use a "
-        "wider dtype."
+        "The residual stopped at the rounding floor of the dtype above the tolerance, or rows that influence "
+        "each other were solved for apart: raise tol, use a wider dtype, or pass coupled=True."
     ),
 }
+
+
+_RUNS = 24  # of rows that are named in one message
 
 
 def describe(statuses: Tensor) -> str:
@@ -61,9 +66,18 @@ def describe(statuses: Tensor) -> str:
     for status in list(Status)[1:]:
         rows = torch.nonzero(statuses == int(status)).flatten().tolist()
         if rows:
-            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-            lines.append(f"{status.name}: {len(rows)} row(s) [{shown}]. {status.sentence}")
+            lines.append(f"{status.name}: {len(rows)} row(s) [{_shown(rows)}]. {status.sentence}")
     return "\n".join(lines) or f"All {statuses.numel()} rows converged."
+
+
+def _shown(rows: Sequence[int]) -> str:
+    """``0, 1, 5``, and of more than a few ``0-11, 14``."""
+    if len(rows) <= 8:
+        return ", ".join(map(str, rows))
+    apart = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
+    runs = [(rows[i], rows[j - 1]) for i, j in pairwise([0, *apart, len(rows)])]
+    named = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:_RUNS]]
+    return ", ".join(named) + (", ..." if len(runs) > _RUNS else "")
 
 
 @dataclass
@@ -121,7 +135,9 @@ class Solution:
         steps: (B,) evaluations of ``f`` spent on the row.
         residual: (B,) the last measured residual: ``||f(z) - z||`` for ``stop="abs"``, divided by
             ``||f(z)||`` for ``stop="rel"``; of a state of several tensors the largest of theirs.
-        evaluations: rows evaluated in all (the sum over iterations of the rows that ran).
+        evaluations: calls of ``f`` in all, counted in rows: the sum over iterations of the rows that ran, and
+            where gradients are recorded the evaluations that attach them (one of all rows with ``implicit``,
+            ``ad_fixed_point`` and ``one_step``, as many as its steps with ``phantom``).
     """
 
     value: Any

@@ -148,6 +148,8 @@ def _memory(tensor: Tensor) -> UntypedStorage | None:
     """Where the numbers of a tensor lie; None: it has none, or lies in several places."""
     while transforms.wraps(tensor):
         tensor = transforms.stripped(tensor)
+    if transforms.dead(tensor):
+        return None
     if tensor.layout is not torch.strided or not tensor.numel() or tensor.is_meta:
         return None
     return tensor.untyped_storage()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from ..errors import TransformError
 from ..solvers import Outcome
-from ..types import AdjointReport, Status
+from ..trees import leaves
+from ..types import AdjointReport, State, Status
 from .base import Adjoint
 from .equation import Call
 from .graft import of_nobody
@@ -31,7 +34,9 @@ class Unrolled(Adjoint):
     exact: ClassVar[bool] = False
 
     def run_transformed(self, call: Call, reports: list[AdjointReport]) -> Outcome:
-        return self.run(call, reports)  # the iterates carry every level and tangent by themselves
+        # The iterates carry every level and tangent by themselves; instances of vmap would differ in steps.
+        call.f = _one_at_once(call.f)
+        return self.run(call, reports)
 
     def _solve(self, call: Call) -> Outcome:
         outcome = call.solve()
@@ -67,6 +72,21 @@ class Unrolled(Adjoint):
         if bool(which.any()) or (unmoved and everywhere and not call.z0.shape[0]):
             return _evaluated(call, outcome, which)
         return outcome
+
+
+def _one_at_once(f: Callable[..., State]) -> Callable[..., State]:
+    """``f``, which may not be mapped over, by its inputs or by what it closes over."""
+
+    def watched(z: State, *context: Tensor) -> State:
+        value = f(z, *context)
+        if any(isinstance(leaf, Tensor) and transforms.many(leaf) for leaf in leaves(value)):
+            raise TransformError(
+                "torch.vmap cannot map over adjoint='unrolled': how many steps are made depends on values. "
+                "Use adjoint='implicit', or make one batch of the instances."
+            )
+        return value
+
+    return watched
 
 
 def _evaluated(call: Call, outcome: Outcome, which: Tensor) -> Outcome:
