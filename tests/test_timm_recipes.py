@@ -271,6 +271,23 @@ def test_tools_that_cannot_follow_a_solve_name_what_can(tool):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"fallback": True}])
+def test_a_closed_example_is_not_traced_either(options):
+    model, x = _resnet(policy="gate", gate="straight_through", **options).eval(), _images()
+    tw.configure(model, threshold=1e9)
+    model(x)
+    assert not tw.report(model)[0].open.any()
+    with pytest.raises(tw.AttachError, match=r"torch\.jit\.trace cannot follow"):
+        torch.jit.trace(model, x)  # of another image the gate may open
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gate_that_never_opens_is_traced():
+    model, x = _resnet(policy="gate", gate="never").eval(), _images()
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_model_is_not_scripted():
     with pytest.raises(tw.AttachError, match=r"torch\.jit\.script cannot follow"):
         torch.jit.script(_resnet().eval())

@@ -201,10 +201,35 @@ def _sensible(model: nn.Module, seen: Survey, stages: Sequence[Stage], fallback:
             "wormholes='auto' needs a model with stages that its forward calls; name a span instead, of "
             f"these modules: {', '.join(seen.flow.paths[:24])}."
         )
+    # Some models declare for a stage the activation that ends it: alone it computes nothing that is learnt.
+    learning = [spec for spec in wanted if _learns(seen, spec)]
+    behind = [spec for spec in learning if spec.source != stages[0].name]  # the stem is no more than that
+    wanted = list(dict.fromkeys([*behind, *_of_blocks(model, seen, stages), *learning, *wanted]))
     found = _first_that_works(model, seen, wanted)
     if found is None and fallback and _works(model, seen, wanted[0], fallback=True):
         found = wanted[0]
     return wanted[0] if found is None else found
+
+
+def _learns(seen: Survey, spec: SpanSpec) -> bool:
+    """Whether a module that the span calls has parameters."""
+    ends = seen.ends(spec.target, spec.source)
+    calls = seen.flow.calls[ends.target : ends.source + 1]
+    return any(next(seen.nodes[call.path].parameters(), None) is not None for call in calls)
+
+
+def _of_blocks(model: nn.Module, seen: Survey, stages: Sequence[Stage]) -> list[SpanSpec]:
+    """Spans of the model's own blocks behind its stem, the last first: two that follow each other, or one."""
+    first, last = seen.calls_in(stages[0].name), seen.calls_in(stages[-1].name)
+    if not first or not last:
+        return []
+    names = []
+    for name, child in model.named_children():
+        calls = seen.calls_in(name)
+        if calls and first[-1] < calls[0] and calls[-1] <= last[-1] and any(child.children()):
+            names.append(name)
+    pairs = [(i, j) for i in range(len(names) - 1, -1, -1) for j in range(max(0, i - 1), i + 1)]
+    return [spec for i, j in pairs if _learns(seen, spec := SpanSpec(names[i], names[j]))]
 
 
 def _near(spec: SpanSpec, names: Sequence[str]) -> list[SpanSpec]:

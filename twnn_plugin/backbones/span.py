@@ -131,13 +131,20 @@ class AttachedGroup(Reaching):
             watched: the pass.
             outs: (B, ...) the open-loop outputs of the sources.
         """
-        return self.passes.now.how is None and not watched.active and at_rest(self.parts, outs)
+        if self.passes.now.how is not None:
+            return False
+        if torch.jit.is_tracing() and not self._never():  # also where the example opens no gate: others will
+            self.refuse_graph("torch.jit.trace")
+        return not watched.active and at_rest(self.parts, outs)
+
+    def _never(self) -> bool:
+        return all(isinstance(part.gate, NeverGate) for part in self.parts)
 
     def check_exporting(self) -> None:
         """Raise if the pass is exported as it is: what is solved, and whether, depends on values."""
         if not transforms.exporting() or self.passes.now.how is not None:
             return
-        if not all(isinstance(part.gate, NeverGate) for part in self.parts):
+        if not self._never():
             self.refuse_graph("torch.export.export")
 
     def refuse_graph(self, what: str) -> NoReturn:
@@ -321,8 +328,6 @@ class ReplayedGroup(AttachedGroup):
         if self.rests(watched, self._found(output)) and wiring.fits(seen):
             self._forget()
             return None
-        if now.how is None and torch.jit.is_tracing():
-            self.refuse_graph("torch.jit.trace")
         silence = (None,) * len(self.parts)
         shared = wiring.template(seen)  # no activations, so that replays of two passes can be one map
         constants = wiring.constants(seen)
