@@ -153,10 +153,10 @@ _FASHION = Task(
     20_000,
     "resnet8_tiny",
     {"widths": (8, 16, 32)},
-    Recipe(epochs=12, lr=2e-2, flip=True),
+    Recipe(epochs=12, lr=4e-2, flip=True),
     (
         Arm("plain", "plain backbone"),
-        Arm("longer", "plain, twice the training", factor=2.0),
+        Arm("longer", "plain, twice the training", factor=2.0, lr=3e-2),
         Arm(
             "wormhole",
             "with a wormhole over the last stage",
