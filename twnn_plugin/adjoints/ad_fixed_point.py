@@ -25,7 +25,8 @@ class ADFixedPoint(Implicit):
 
     Args:
         solver: of the reverse transform, as for ``implicit``; ``None``: plain iteration.
-        tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve.
+        tol: tolerance relative to ``||g||``, row by row; ``None``: that of the forward solve, 1e-3 at most
+            where that is absolute.
         max_iter: products with the Jacobian per row; ``None``: as many as the forward solve had, but
             at least 20.
         warm_start: as for ``implicit``.

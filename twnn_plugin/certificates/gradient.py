@@ -105,8 +105,8 @@ def amplification(lipschitz: Tensor, radius: Tensor) -> Tensor:
     """(B,) what ``(I - J)^-1`` makes of a residual, at most.
 
     ``1 / (1 - L)`` where the Lipschitz constant L is below 1 (Neumann series, a bound on the norm), else
-    ``1 / (1 - radius)`` (exact for a normal J, otherwise an estimate), and inf where that is no help. The
-    norm and the constant are those of the same units.
+    ``1 / (1 - radius)`` (an estimate: a J whose radius is below L is not normal), and inf where that is no
+    help. The norm and the constant are those of the same units.
     """
     rate = torch.where(lipschitz < 1, lipschitz, radius)
     inverse = 1 / (1 - rate)

@@ -14,10 +14,12 @@ __all__ = ["StraightThroughGate"]
 
 
 class StraightThroughGate(LearnedGate):
-    """Open or closed; learns through its probability (straight-through, Bengio et al. 2013).
+    """Open or closed; learns through its probability (straight-through, Bengio et al. 2013) or difficulty.
 
-    A closed sample contributes exactly nothing to the forward pass, in training too, yet its gate and
-    message receive the gradient they would have if they were open by the gate's probability.
+    A closed sample contributes exactly nothing to the forward pass, in training too. Where the gate learns
+    from its message (no budget, ``learn="benefit"`` or ``control="dual"``), the sample's gate and message
+    receive the gradient they would have if they were open by the gate's probability all the same. With a
+    budget kept by the threshold the score learns difficulty, and the message from open samples alone.
     """
 
     by_margin: ClassVar[bool] = True

@@ -34,12 +34,14 @@ def stream(
     their places. Outputs come in order and are those of ``model(images)`` batch by batch, as far as kernels
     round alike in other batch sizes; steps and statuses of each sample are the same.
 
-    It pays where an evaluation for few rows costs as much as one for many: on accelerators, and for small
-    maps. It changes nothing for samples whose wormholes are closed, and works with any model that solves by
-    :func:`twnn_plugin.fix` or by wormholes, several of them included. Solves whose rows cannot share a
-    batch (solvers that run their own loop, such as ``"auto"``, ``"newton_krylov"`` and torchdeq's; coupled
-    rows; a map that closes over something new in each pass) are made on the spot, in a batch of their
-    own; the report says which and why.
+    It pays where an evaluation for few rows costs as much as one for many: where the map is many small
+    kernels. For a map of a handful of operators the bookkeeping costs more than it saves, and on a CPU a
+    small batch is mostly cheap already (docs/scaling.md). Nothing has been measured on an accelerator. It
+    changes nothing for samples whose wormholes are closed, and works with any model that solves by
+    :func:`twnn_plugin.fix` or by wormholes, several of them included. Solves whose rows cannot share a batch
+    (solvers that run their own loop, such as ``"auto"``, ``"newton_krylov"`` and torchdeq's; coupled rows; a
+    map that closes over something new in each pass) are made on the spot, in a batch of their own; the report
+    says which and why.
 
     Nothing is recorded for gradients. Inference mode, autocast, the default device and the CUDA stream are
     those in force when the iteration begins. Passes run in threads, one at a time, and overlap: a forward
