@@ -14,6 +14,7 @@ from ..blocks import Aids, Feedback, SolveSettings
 from ..blocks.feedback import fill_missing
 from ..blocks.paths import MessagePath, path_of
 from ..blocks.prices import check_prices, set_prices
+from ..blocks.settings import check_names
 from ..blocks.wormhole import gate_factory
 from ..errors import AttachError, OptionError, UnknownNameError
 from ..gates import Gate
@@ -120,6 +121,7 @@ def attach(
         >>> import timm, twnn_plugin as tw
         >>> model = tw.attach(timm.create_model("resnet18"), wormholes="layer4->layer3")
     """
+    check_names("attach", settings, (*OPTIONS, "stages", "example"))
     aids, settings = Aids.split(settings)
     solve_settings = SolveSettings().changed(**settings)
     gates.check_gate(gate)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..errors import AttachError, nearest
+from ..blocks.settings import option_names
+from ..errors import AttachError, OptionError, nearest
 from . import timm_adapter
 from .attach import CHILD, OPTIONS, attach
 from .closed_head import CLOSED_HEAD
 
-__all__ = ["default_cfgs", "register_wormhole_models"]
+__all__ = ["created", "default_cfgs", "register_wormhole_models"]
 
 _PUBLIC = len(__all__)
 PREFIX = "twnn_"
@@ -85,14 +87,7 @@ def _build(
                 raise AttachError(_UNASKED)
             kwargs["pretrained_cfg"] = timm_adapter.with_weights(config, state)
     # The backbone's weights are loaded by timm, adapted and strictly, before there are wormholes.
-    try:
-        backbone = create(pretrained=pretrained, **kwargs)
-    except TypeError as error:  # an option that neither side has
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None:
-            raise
-        hint = nearest(unknown[1], OPTIONS)
-        raise TypeError(f"{error}.{hint} Options of the wormholes: {', '.join(OPTIONS)}.") from error
+    backbone = created(PREFIX + name, create, pretrained, kwargs, OPTIONS)
     model = attach(backbone, **options)
     timm_adapter.rename(model, PREFIX + name, config)
     if mine:
@@ -101,6 +96,49 @@ def _build(
     if heads and head is not None and _as_many_classes(head, heads):
         _load(head, heads)
     return model
+
+
+def created(
+    name: str,
+    create: Callable[..., nn.Module],
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    options: Sequence[str],
+) -> nn.Module:
+    """The backbone of a model that has options of its own.
+
+    Args:
+        name: of the model.
+        create: timm's entry point of the backbone.
+        pretrained: whether timm loads published weights.
+        kwargs: the backbone's options.
+        options: all that the model takes besides.
+
+    Raises:
+        OptionError: an option that neither side has, with the nearest of all there are.
+    """
+    try:
+        return create(pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        unknown = re.search(r"(?:unexpected keyword argument|has no option) '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in kwargs:
+            raise
+        own = [option for option in _own_options(create) if option not in options]
+        known = [option for option in (*options, *own) if option != unknown[1]]
+        backbones = f" The backbone's: {', '.join(own)}." if own else ""
+        raise OptionError(
+            f"{name} has no option {unknown[1]!r}.{nearest(unknown[1], known)} Its options beside the "
+            f"backbone's: {', '.join(options)}.{backbones}"
+        ) from error
+
+
+def _own_options(create: Callable[..., nn.Module]) -> list[str]:
+    """The options of the class that an entry point says it returns; none if it does not say."""
+    try:
+        made = inspect.signature(create, eval_str=True).return_annotation
+    except Exception:  # an annotation may name anything, and be wrong
+        return []
+    return option_names(made) if isinstance(made, type) and issubclass(made, nn.Module) else []
 
 
 _UNASKED = (

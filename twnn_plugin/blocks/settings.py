@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,7 +13,32 @@ from ..errors import OptionError, nearest
 from ..fixed_point import check_control
 from ..solvers import Control, Solver
 
-__all__ = ["SolveSettings"]
+__all__ = ["SolveSettings", "check_names", "option_names"]
+
+
+def option_names(function: Callable[..., Any], *without: str) -> list[str]:
+    """What a function, or a class when it is made, takes by name: all but ``without`` and ``**options``."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in named and p.name not in without]
+
+
+def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse options that there are not.
+
+    Args:
+        what: who is given them, for the message.
+        given: their names.
+        known: all options that the caller may give, so that the nearest is the one that was meant.
+
+    Raises:
+        OptionError: one of them is not known; the message has the nearest name and all there are.
+    """
+    for name in given:
+        if name not in known:
+            raise OptionError(
+                f"{what} has no option {name!r}.{nearest(name, known)} Its options: {', '.join(known)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -52,10 +79,5 @@ class SolveSettings:
         Raises:
             OptionError: no such option, or a value out of range.
         """
-        for name in options:
-            if name not in self.names():
-                known = ", ".join(self.names())
-                raise OptionError(
-                    f"A span has no option {name!r}.{nearest(name, self.names())} Its options: {known}."
-                )
+        check_names("A span", options, self.names())
         return replace(self, **options)

@@ -21,9 +21,9 @@ from .open_loop import OpenLoop
 from .paths import MessagePath, path_of
 from .prices import set_prices
 from .record import SpanRecord
-from .settings import SolveSettings
+from .settings import SolveSettings, check_names, option_names
 
-__all__ = ["Wormhole"]
+__all__ = ["Wormhole", "block_options"]
 
 
 class Wormhole(nn.Module):
@@ -36,7 +36,8 @@ class Wormhole(nn.Module):
         body: a module of one tensor, or a sequence of such modules.
         example: an input (B, ...) of the body, to learn the shapes from; its values do not matter.
         gate: registered name, ``(name, options)`` or a gate made for the output's channels.
-        policy: who is iterated, such as ``tw.policy("random", p=0.3)``; None: where the gate is open.
+        policy: who is iterated, a module such as ``tw.policy("random", p=0.3)`` and not its name; None: where
+            the gate is open.
         channels_last: whether 4-axis activations are (B, H, W, C).
         scale: initial scale of the message.
         message: what the state goes through before it is normalised and projected, to one of the same shape:
@@ -64,6 +65,8 @@ class Wormhole(nn.Module):
         **settings: Any,
     ):
         super().__init__()
+        check_names("A wormhole", settings, block_options())
+        _check_policy(policy)
         aids, settings = Aids.split(settings)
         self.body = body if isinstance(body, nn.Module) else nn.Sequential(*body)
         out = _probe(self.body, example)
@@ -101,6 +104,21 @@ class Wormhole(nn.Module):
         if record is not None and record.evaluations and not record.multiply_adds:
             record.multiply_adds = record.evaluations * multiply_adds(self.feedback, self.body, [self.body])
         return record
+
+
+def block_options(*without: str) -> list[str]:
+    """The options of a :class:`Wormhole`, but for ``without``."""
+    known = [*option_names(Wormhole, "body", "example"), *SolveSettings.names(), *Aids.names()]
+    return [name for name in known if name not in without]
+
+
+def _check_policy(policy: Any) -> None:
+    """Refuse what cannot be asked; names stand for policies where there are policies, which is not here."""
+    if policy is not None and (isinstance(policy, type) or not callable(policy)):
+        raise OptionError(
+            "The policy of a block is made beforehand, policy=tw.policy('random', p=0.3), or None: whoever's "
+            f"gate is open; got {policy!r}."
+        )
 
 
 def gate_factory(gate: str | tuple[str, dict[str, Any]] | Gate) -> Callable[..., Gate]:

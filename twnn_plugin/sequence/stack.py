@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .. import policies
 from ..blocks import SolveSettings, SpanRecord
+from ..blocks.settings import check_names, option_names
 from ..blocks.wormhole import gate_factory
 from ..errors import AttachError, MapError, OptionError, nearest
 from ..gates import Gate, LearnedGate, check_gate, check_one_budget
@@ -22,7 +23,9 @@ from .span import SCOPES, TemporalSpan, check_budget
 from .spec import END, TemporalSpec, parse
 from .state import StackState, moved_on, state_before
 
-__all__ = ["RecurrentStack"]
+__all__ = ["RecurrentStack", "further_options"]
+
+_SHAPE = ("cell", "input_size", "hidden_size", "num_layers")
 
 
 class RecurrentStack(nn.Module):
@@ -92,6 +95,7 @@ class RecurrentStack(nn.Module):
         **settings: Any,
     ):
         super().__init__()
+        check_names("A recurrent stack", settings, [*_SHAPE, *further_options()])
         _check(cell, num_layers, dropout, window, input_size, hidden_size)
         _check_flags(bidirectional=bidirectional, bias=bias, causal=causal)
         check_gate(gate)
@@ -313,6 +317,11 @@ class RecurrentStack(nn.Module):
 
     def _layers(self) -> list[RecurrentLayer]:
         return [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
+
+
+def further_options() -> list[str]:
+    """The options of a stack beside its cell and sizes, for models that hand on what their users give."""
+    return [*option_names(RecurrentStack, *_SHAPE), *SolveSettings.names()]
 
 
 def _check(cell: str, layers: int, dropout: float, window: int | None, *sizes: int) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .staged import StagedNet, cifar_cfg
+from .staged import StagedNet, build, cifar_cfg
 
 __all__ = ["ConvNet3", "ConvNormAct", "cnn3"]
 
@@ -86,6 +86,4 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def cnn3(pretrained: bool = False, **kwargs: Any) -> ConvNet3:
     """Three convolutional layers, 95 thousand parameters (DynaLay's main network)."""
-    return build_model_with_cfg(
-        ConvNet3, "cnn3", pretrained, feature_cfg={"out_indices": (0, 1, 2)}, **kwargs
-    )
+    return build(ConvNet3, "cnn3", pretrained, feature_cfg={"out_indices": (0, 1, 2)}, **kwargs)

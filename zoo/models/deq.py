@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .staged import StagedNet, cifar_cfg
+from .staged import StagedNet, build, cifar_cfg
 
-__all__ = ["Cell", "DEQNet", "Equilibrium", "deq_small", "deq_tiny"]
+__all__ = ["Cell", "DEQNet", "Equilibrium", "check_deq", "deq_small", "deq_tiny", "solve_deq"]
 
 _SOLVERS = ("anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter")
+_INFO = ("nstep", "abs_lowest", "rel_lowest")
 
 
 class Cell(nn.Module):
@@ -44,6 +46,19 @@ class Cell(nn.Module):
         return self.norm3(F.relu(z + self.norm2(x + self.conv2(y))))
 
 
+def solve_deq(
+    deq: Callable[..., tuple[list[Tensor], dict[str, Tensor]]], f: Callable[[Tensor], Tensor], z: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The equilibrium of ``f`` from the state z on, as torchdeq finds it, and what it says of each row.
+
+    torchdeq's solvers cannot take a batch of none, whose equilibrium it is itself.
+    """
+    if not z.shape[0]:
+        return z, {key: z.new_zeros(0) for key in _INFO}
+    states, info = deq(f, z)
+    return states[-1], {key: info[key].detach() for key in _INFO}
+
+
 class Equilibrium(nn.Module):
     """``z = cell(z, x)`` solved by torchdeq from ``z = 0``; returns ``z``.
 
@@ -69,9 +84,8 @@ class Equilibrium(nn.Module):
         import torchdeq
 
         torchdeq.reset_deq(self.cell)
-        states, info = self.deq(lambda z: self.cell(z, x), torch.zeros_like(x))
-        self.last_info = {key: info[key].detach() for key in ("nstep", "abs_lowest", "rel_lowest")}
-        return states[-1]
+        state, self.last_info = solve_deq(self.deq, lambda z: self.cell(z, x), torch.zeros_like(x))
+        return state
 
     def __getstate__(self) -> dict[str, Any]:
         # The normalised weights are results of a computation, which can be neither copied nor pickled
@@ -139,7 +153,8 @@ class DEQNet(StagedNet):
         core: str = "sliced",
     ):
         super().__init__(("stem", "layer1"), num_classes, in_chans, drop_rate)
-        _check(f_solver, b_solver, ift, core, f_stop_mode, b_stop_mode)
+        check_deq(f_solver, b_solver, ift, f_stop_mode, b_stop_mode)
+        _check_core(core)
         self.stem = _stem(in_chans, width, downsample)
         self.layer1 = Equilibrium(
             Cell(width, inner),
@@ -167,30 +182,55 @@ class DEQNet(StagedNet):
         return self.layer1.last_info
 
 
-def _check(f_solver: str, b_solver: str, ift: bool, core: str, *stop_modes: str) -> None:
-    import torchdeq.solver
+def check_deq(f_solver: str, b_solver: str, ift: bool, *stop_modes: str) -> None:
+    """Refuse options that ``torchdeq.get_deq`` would take and fail with later.
 
+    Raises:
+        OptionError: a solver is unknown, or cannot be the backward solver, or there is no such stop mode.
+    """
     # Here rather than above: importing twnn_plugin imports this module.
     from twnn_plugin.errors import OptionError, nearest
 
     for option, name in (("f_solver", f_solver), ("b_solver", b_solver)):
-        try:
-            torchdeq.solver.get_solver(name)
-        except (AssertionError, TypeError):
+        if not _is_solver(name):
+            ours = _our_solvers()
             raise OptionError(
-                f"Unknown {option} {name!r}.{nearest(str(name), _SOLVERS)} torchdeq's are "
-                f"{', '.join(_SOLVERS)}; 'import twnn_plugin' adds 'twnn.<name>'."
-            ) from None
+                f"Unknown {option} {name!r}.{nearest(str(name), (*_SOLVERS, *ours))} torchdeq's are "
+                f"{', '.join(_SOLVERS)}; twnn_plugin's are {', '.join(ours)}."
+            )
     if ift and b_solver == "simple_fixed_point_iter":
         raise OptionError(
             "b_solver='simple_fixed_point_iter' fails in torchdeq's implicit backward pass: use "
             "'fixed_point_iter', or ift=False for the phantom gradient."
         )
-    if core not in ("sliced", "indexing"):
-        raise OptionError(f"core must be 'sliced' or 'indexing'; got {core!r}.")
     for mode in stop_modes:
         if mode not in ("rel", "abs"):
             raise OptionError(f"f_stop_mode and b_stop_mode must be 'rel' or 'abs'; got {mode!r}.")
+
+
+def _is_solver(name: str) -> bool:
+    """Whether torchdeq knows a solver of this name."""
+    import torchdeq.solver
+
+    try:
+        torchdeq.solver.get_solver(name)
+    except (AssertionError, TypeError):
+        return False
+    return True
+
+
+def _our_solvers() -> list[str]:
+    """The names that our solvers have in torchdeq."""
+    from twnn_plugin import solvers
+
+    return [name for name in (f"twnn.{ours}" for ours in solvers.names()) if _is_solver(name)]
+
+
+def _check_core(core: str) -> None:
+    from twnn_plugin.errors import OptionError
+
+    if core not in ("sliced", "indexing"):
+        raise OptionError(f"core must be 'sliced' or 'indexing'; got {core!r}.")
 
 
 def _stem(in_chans: int, width: int, downsample: int) -> nn.Sequential:
@@ -212,8 +252,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> DEQNet:
-    return build_model_with_cfg(DEQNet, variant, pretrained, feature_cfg={"out_indices": (0, 1)}, **kwargs)
+def _create(variant: str, pretrained: bool, /, **kwargs: Any) -> DEQNet:
+    return build(DEQNet, variant, pretrained, feature_cfg={"out_indices": (0, 1)}, **kwargs)
 
 
 @register_model

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .cnn3 import ConvNet3
-from .staged import cifar_cfg
+from .staged import build, check_further, cifar_cfg
 
 if TYPE_CHECKING:
     from twnn_plugin.policies import Policy
@@ -76,6 +76,9 @@ class DynaLayCNN3(ConvNet3):
         open_head: bool = False,
         **options: Any,
     ):
+        from twnn_plugin.blocks import SolveSettings  # importing twnn_plugin imports this module
+
+        check_further(DynaLayCNN3, options, (*CONNECTION_OPTIONS, *SolveSettings.names()))
         super().__init__(num_classes, in_chans, widths, drop_rate, global_pool)
         # A child of the model, as all parts of the head are: the head itself is none, so that nothing tells
         # it whether the model trains.
@@ -142,7 +145,7 @@ def selected(
         policy: as the user gave it.
         max_choices: likewise.
         open_head: likewise.
-        **options: of connections and solves.
+        **options: of connections and solves; there are no others among them.
 
     Returns:
         None if ``fpi_layers`` is empty.
@@ -161,14 +164,6 @@ def selected(
         if name not in stages:
             hint = nearest(str(name), list(stages))
             raise UnknownNameError(f"No layer {name!r} can be iterated.{hint} Layers: {', '.join(stages)}.")
-    known = [*CONNECTION_OPTIONS, *SolveSettings.names()]
-    for name in options:
-        if name not in known:
-            raise OptionError(
-                f"DynaLay models have no option {name!r}.{nearest(name, known)} Those of connections and "
-                f"solves: "
-                f"{', '.join(known)}."
-            )
     if not chosen:
         asked = {"policy": policy is not None, "open_head": open_head, "max_choices": max_choices != CHOICES}
         given = [*options, *(name for name, said in asked.items() if said)]
@@ -237,4 +232,4 @@ def dynalay_cnn3(pretrained: bool = False, **kwargs: Any) -> DynaLayCNN3:
     """Three convolutional layers, and an agent that picks which to iterate (DynaLay's network)."""
     # By forward_intermediates: the layers are not called in the order in which they are registered.
     features = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
-    return build_model_with_cfg(DynaLayCNN3, "dynalay_cnn3", pretrained, feature_cfg=features, **kwargs)
+    return build(DynaLayCNN3, "dynalay_cnn3", pretrained, feature_cfg=features, **kwargs)

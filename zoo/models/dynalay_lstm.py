@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .dynalay import CHOICES, as_names, fill_missing
-from .staged import without_features
+from .staged import check_further, without_features
 
 if TYPE_CHECKING:
     from twnn_plugin.policies import Policy
@@ -96,6 +96,7 @@ class DynaLayRNN(nn.Module):
 
     Raises:
         ConfigError: an option that is not possible.
+        OptionError: one that there is not, or an impossible value of the solves, with the nearest name.
         UnknownNameError: ``fpi_layers`` or ``policy`` names nothing; the message has the nearest name.
     """
 
@@ -117,6 +118,9 @@ class DynaLayRNN(nn.Module):
         in_chans: int = 3,
         **settings: Any,
     ):
+        from twnn_plugin.blocks import SolveSettings  # importing twnn_plugin imports this module
+
+        check_further(DynaLayRNN, settings, SolveSettings.names())
         super().__init__()
         vocab_size = num_classes if vocab_size is None else vocab_size
         _check(task=(task, TASKS), cell=(cell, tuple(CELLS)))
@@ -269,7 +273,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> DynaLayRNN:
+def _create(variant: str, pretrained: bool, /, **kwargs: Any) -> DynaLayRNN:
     options: dict[str, Any] = {"cell": variant.removeprefix("dynalay_").removesuffix("3"), **kwargs}
     if not variant.startswith("dynalay_"):
         options = {"fpi_layers": (), **options}

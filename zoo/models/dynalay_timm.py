@@ -59,6 +59,9 @@ class DynaLayNet(nn.Module):
         open_head: bool = False,
         **options: Any,
     ):
+        from twnn_plugin.blocks.settings import check_names  # importing twnn_plugin imports this module
+
+        check_names("DynaLayNet", options, OPTIONS)
         super().__init__()
         self.backbone = backbone
         parts = split(backbone)
@@ -234,7 +237,9 @@ def _entry(name: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Modu
 def _build(
     name: str, create: Callable[..., nn.Module], pretrained: bool, kwargs: dict[str, Any]
 ) -> DynaLayNet:
-    from twnn_plugin.backbones import timm_adapter  # importing twnn_plugin imports this module
+    # Here rather than above: importing twnn_plugin imports this module.
+    from twnn_plugin.backbones import timm_adapter
+    from twnn_plugin.backbones.models import created
 
     options = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
     if kwargs.get("pretrained_model_args"):  # those of a saved model, its selection's included
@@ -248,7 +253,7 @@ def _build(
         if timm_adapter.from_elsewhere(config):
             state, mine = _parts(timm_adapter.weights(config, kwargs.get("cache_dir")))
             kwargs["pretrained_cfg"] = timm_adapter.with_weights(config, state)
-    backbone = create(pretrained=pretrained, **kwargs)
+    backbone = created(PREFIX + name, create, pretrained, kwargs, OPTIONS)
     timm_adapter.rename(backbone, name, config)
     model = DynaLayNet(backbone, **options)
     known: Any = dict(backbone.pretrained_cfg)  # type: ignore[arg-type]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.layers import get_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .staged import StagedNet, cifar_cfg
+from .staged import StagedNet, build, cifar_cfg
 
 __all__ = [
     "PropagationNet",
@@ -173,7 +173,7 @@ def _create(kind: str, layers: int, pretrained: bool, /, **kwargs: Any) -> Propa
             f"names: {', '.join(f'{other}_{layers}' for other in _BLOCKS if other != kind)}."
         )
     options = {"depth": _DEPTHS[layers], **kwargs}
-    return build_model_with_cfg(
+    return build(
         PropagationNet, f"{kind}_{layers}", pretrained, feature_cfg={"out_indices": (0, 1, 2)}, **options
     )
 

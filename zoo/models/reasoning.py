@@ -13,12 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .reasoning_cells import Patches
-from .reasoning_loops import Loop, make_loop
-from .staged import StagedNet, without_features
+from .reasoning_loops import Loop, loop_options, make_loop
+from .staged import StagedNet, build, check_further, without_features
 
 __all__ = [
     "WEIGHTS",
@@ -113,8 +113,12 @@ class PrefixNet(ReasoningNet):
         blocks: residual blocks in the cell.
         loop: ``"wormhole"``, ``"torchdeq"`` or ``"no_recall"``.
         **settings: of the loop. Wormhole: ``solver``, ``adjoint``, ``tol``, ``max_iter``, ``stop``,
-            ``norm``, as in :func:`twnn_plugin.fix`; swapped later by ``tw.configure``, and what happened
-            read by ``tw.report``. In eval mode a sample whose solve fails is read off the first state.
+            ``norm``, as in :func:`twnn_plugin.fix`, ``policy`` and ``jacobian``, as in
+            :func:`twnn_plugin.attach`; swapped later by ``tw.configure``, and what happened read by
+            ``tw.report``. In eval mode a sample whose solve fails is read off the first state.
+
+    Raises:
+        OptionError: an unknown option or an impossible value.
     """
 
     def __init__(
@@ -126,13 +130,15 @@ class PrefixNet(ReasoningNet):
         loop: str = "wormhole",
         **settings: Any,
     ):
+        check_further(PrefixNet, settings, loop_options(loop))
         _fixed("bits to parities", num_classes, in_chans, 1)
         super().__init__(make_loop(loop, width, 1, settings, kernel=(1, 3), blocks=blocks), width)
         self.head = nn.Conv2d(width, 2, 1)
 
     def inject(self, inputs: Tensor) -> Tensor:
-        check_input(inputs, 3, 1, "float bits in {0, 1} of shape (B, 1, n)")
-        return (2 * inputs - 1).unsqueeze(2)
+        check_input(inputs, 3, 1, "bits of shape (B, 1, n)", self.head.weight)
+        # Autocast cannot put halves of another kind than its own beside the state.
+        return (2 * inputs - 1).unsqueeze(2).to(self.head.weight.dtype)
 
     def read(self, z: Tensor, x: Tensor) -> Tensor:
         """(B, 2, n)."""
@@ -168,6 +174,7 @@ class MazeNet(ReasoningNet):
         loop: str = "wormhole",
         **settings: Any,
     ):
+        check_further(MazeNet, settings, loop_options(loop))
         _fixed("mazes to paths", num_classes, in_chans, 3)
         cell: dict[str, Any] = {
             "blocks": blocks,
@@ -183,7 +190,7 @@ class MazeNet(ReasoningNet):
         self.head = nn.Conv2d(2 * width, 2 * self.patches.size**2, 1)
 
     def inject(self, inputs: Tensor) -> Tensor:
-        check_input(inputs, 4, 3, "images in [0, 1] of shape (B, 3, H, W)")
+        check_input(inputs, 4, 3, "images of shape (B, 3, H, W)", self.embed.weight)
         return self.embed(self.patches.cut(inputs))
 
     def read(self, z: Tensor, x: Tensor) -> Tensor:
@@ -228,6 +235,7 @@ class PathfinderNet(StagedNet):
         global_pool: str = "max",
         **settings: Any,
     ):
+        check_further(PathfinderNet, settings, loop_options("wormhole"))
         super().__init__(("stem", "loop"), num_classes, in_chans, drop_rate)
         self.stem = Stem(in_chans, stem_width, downsample)
         settings = {"adjoint": "unrolled", "max_iter": 100, **settings}
@@ -280,12 +288,25 @@ class Stem(nn.Module):
         return x
 
 
-def check_input(inputs: Tensor, axes: int, channels: int, expected: str) -> None:
-    """:class:`~twnn_plugin.errors.MapError` unless the shape fits."""
+def check_input(inputs: Tensor, axes: int, channels: int, expected: str, weight: Tensor) -> None:
+    """:class:`~twnn_plugin.errors.MapError` unless the shape fits, and the dtype that of ``weight``."""
     from twnn_plugin.errors import MapError
 
-    if inputs.dim() != axes or inputs.shape[1] != channels or not inputs.is_floating_point():
-        raise MapError(f"Expected {expected}; got {tuple(inputs.shape)} of {inputs.dtype}.")
+    if inputs.dim() != axes or inputs.shape[1] != channels or not _mixes(inputs, weight.dtype):
+        raise MapError(
+            f"Expected {expected} and {weight.dtype}, which the parameters are of; got "
+            f"{tuple(inputs.shape)} of {inputs.dtype}."
+        )
+
+
+def _mixes(inputs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether inputs can meet weights of a dtype: of the same one, or of another that autocast converts."""
+    if inputs.dtype == dtype:
+        return True
+    device = inputs.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return False
+    return inputs.is_floating_point() and torch.float64 not in (inputs.dtype, dtype)
 
 
 def _fixed(task: str, num_classes: int, in_chans: int, channels: int) -> None:
@@ -370,6 +391,4 @@ def deq_maze(pretrained: bool = False, **kwargs: Any) -> MazeNet:
 @register_model
 def twnn_pathfinder(pretrained: bool = False, **kwargs: Any) -> PathfinderNet:
     """12 thousand parameters; images (B, 1, H, W) to logits (B, 2): are the two dots joined? Not trained."""
-    return build_model_with_cfg(
-        PathfinderNet, "twnn_pathfinder", pretrained, feature_cfg={"out_indices": (0,)}, **kwargs
-    )
+    return build(PathfinderNet, "twnn_pathfinder", pretrained, feature_cfg={"out_indices": (0,)}, **kwargs)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .reasoning import Stem, check_input, task_cfg
 from .reasoning_cells import Patches
-from .staged import StagedNet, without_features
+from .staged import StagedNet, build, without_features
 
 __all__ = ["FeedForwardMaze", "FeedForwardPathfinder", "FeedForwardPrefix", "Residual"]
 
@@ -58,7 +58,8 @@ class FeedForwardPrefix(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Bits to logits."""
-        check_input(inputs, 3, self.enter.in_channels, "float bits in {0, 1} of shape (B, 1, n)")
+        channels = self.enter.in_channels
+        check_input(inputs, 3, channels, f"bits of shape (B, {channels}, n)", self.enter.weight)
         u = F.relu(self.enter((2 * inputs - 1).unsqueeze(2)))
         return self.head(self.blocks(u)).squeeze(2)
 
@@ -87,7 +88,8 @@ class FeedForwardMaze(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images to logits."""
-        check_input(inputs, 4, self.embed.in_channels // self.patches.size**2, "images (B, 3, H, W)")
+        channels = self.embed.in_channels // self.patches.size**2
+        check_input(inputs, 4, channels, f"images of shape (B, {channels}, H, W)", self.embed.weight)
         x = self.embed(self.patches.cut(inputs))
         logits = self.patches.join(self.head(torch.cat([self.blocks(F.relu(x)), x], dim=1)))
         return logits[:, :, : inputs.shape[2], : inputs.shape[3]]
@@ -151,6 +153,6 @@ def ff_maze(pretrained: bool = False, **kwargs: Any) -> FeedForwardMaze:
 @register_model
 def ff_pathfinder(pretrained: bool = False, **kwargs: Any) -> FeedForwardPathfinder:
     """As many parameters as ``twnn_pathfinder``, in residual blocks."""
-    return build_model_with_cfg(
+    return build(
         FeedForwardPathfinder, "ff_pathfinder", pretrained, feature_cfg={"out_indices": (0, 1)}, **kwargs
     )

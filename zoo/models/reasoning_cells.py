@@ -127,7 +127,7 @@ class Patches(nn.Module):
         more = [self._pixels(tokens) - side for tokens, side in zip(grid, images.shape[2:], strict=True)]
         images = F.pad(images, (-self.margin, more[1] - self.margin, -self.margin, more[0] - self.margin))
         squares = F.unfold(images, self.size, stride=self.stride)
-        return squares.view(images.shape[0], -1, *grid) - 0.5
+        return squares.unflatten(2, grid) - 0.5
 
     def join(self, tokens: Tensor) -> Tensor:
         """What tokens say of their squares, (B, c * size^2, h, w), added up: (B, c, H, W), as padded."""

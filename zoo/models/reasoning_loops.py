@@ -10,9 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .deq import check_deq, solve_deq
 from .reasoning_cells import Beside, RecallCell
 
-__all__ = ["LOOPS", "SETTINGS", "Loop", "NoRecallLoop", "TorchdeqLoop", "WormholeLoop", "make_loop"]
+__all__ = [
+    "LOOPS",
+    "SETTINGS",
+    "Loop",
+    "NoRecallLoop",
+    "TorchdeqLoop",
+    "WormholeLoop",
+    "loop_options",
+    "make_loop",
+]
 
 SETTINGS: dict[str, Any] = {"solver": "picard", "tol": 1e-2, "max_iter": 5000, "norm": "max"}
 """How these models are solved unless one says otherwise: a front that travels is no linear convergence."""
@@ -45,15 +55,18 @@ class WormholeLoop(Loop):
         body: the cell.
         inputs: channels of its input.
         **settings: options of the solve in place of :data:`SETTINGS`; the adjoint is otherwise the phantom
-            gradient of four steps.
+            gradient of four steps. Besides, ``policy``, by name or an instance, and ``jacobian``.
     """
 
     def __init__(self, body: RecallCell, inputs: int, **settings: Any):
         super().__init__()
         # Here rather than above: importing twnn_plugin imports this module.
         import twnn_plugin as tw
+        from twnn_plugin.backbones.given import span_policy
         from twnn_plugin.blocks.wormhole import Wormhole
 
+        if settings.get("policy") is not None:
+            settings["policy"] = span_policy(settings["policy"])
         phantom = tw.adjoint("phantom", steps=4, damping=1.0)
         self.width = body.width
         example = torch.zeros(1, body.width + inputs, 8, 8)
@@ -91,6 +104,9 @@ class TorchdeqLoop(Loop):
         b_stop_mode: likewise backward.
         ift: the implicit gradient; else the phantom gradient.
         grad: steps of the phantom gradient.
+
+    Raises:
+        OptionError: a solver or a stop mode is unknown, or cannot be the backward solver.
     """
 
     def __init__(
@@ -111,8 +127,8 @@ class TorchdeqLoop(Loop):
         super().__init__()
         import torchdeq
 
+        check_deq(f_solver, b_solver, ift, f_stop_mode, b_stop_mode)
         self.body = body
-
         self.f_tol, self.f_stop_mode = f_tol, f_stop_mode
         self.deq = torchdeq.get_deq(
             f_solver=f_solver,
@@ -136,9 +152,8 @@ class TorchdeqLoop(Loop):
         return self.body(torch.cat([z, x], dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        states, info = self.deq(lambda z: self.step(z, x), self.first(x))
-        self.last_info = {key: info[key].detach() for key in ("nstep", "abs_lowest", "rel_lowest")}
-        return states[-1]
+        state, self.last_info = solve_deq(self.deq, lambda z: self.step(z, x), self.first(x))
+        return state
 
     def solved(self) -> tuple[Tensor, Tensor]:
         from twnn_plugin import Status
@@ -203,6 +218,26 @@ def _zeros(x: Tensor, width: int) -> Tensor:
 LOOPS = ("wormhole", "torchdeq", "no_recall")
 
 
+def loop_options(kind: str) -> list[str]:
+    """The options of one of the :data:`LOOPS`.
+
+    Of a wormhole's those that are left to choose: its gate is open, and its message the state as it is.
+
+    Raises:
+        OptionError: there is no such loop.
+    """
+    # Here rather than above: importing twnn_plugin imports this module.
+    from twnn_plugin.blocks import SolveSettings
+    from twnn_plugin.blocks.settings import option_names
+    from twnn_plugin.errors import OptionError, nearest
+
+    if kind not in LOOPS:
+        raise OptionError(f"loop must be one of {LOOPS}; got {kind!r}.{nearest(str(kind), LOOPS)}")
+    if kind == "wormhole":
+        return [*SolveSettings.names(), "policy", "jacobian"]
+    return option_names(TorchdeqLoop if kind == "torchdeq" else NoRecallLoop, "body", "inputs")
+
+
 def make_loop(kind: str, width: int, inputs: int, options: dict[str, Any], **cell: Any) -> Loop:
     """A loop of one of the :data:`LOOPS`.
 
@@ -216,15 +251,11 @@ def make_loop(kind: str, width: int, inputs: int, options: dict[str, Any], **cel
     Raises:
         OptionError: an option that the loop does not have, or an impossible value.
     """
-    from twnn_plugin.errors import OptionError, nearest
+    from twnn_plugin.blocks.settings import check_names  # importing twnn_plugin imports this module
 
-    if kind not in LOOPS:
-        raise OptionError(f"loop must be one of {LOOPS}; got {kind!r}.{nearest(str(kind), LOOPS)}")
+    check_names(f"The loop {kind!r}", options, loop_options(kind))
     if kind == "wormhole":
         return WormholeLoop(RecallCell(width, inputs, **cell), inputs, **options)
-    try:
-        if kind == "torchdeq":
-            return TorchdeqLoop(RecallCell(width, inputs, **cell), **options)
-        return NoRecallLoop(RecallCell(width, 0, **{**cell, "added": False}), inputs, **options)
-    except TypeError as error:
-        raise OptionError(f"The loop {kind!r} does not take these options: {error}") from error
+    if kind == "torchdeq":
+        return TorchdeqLoop(RecallCell(width, inputs, **cell), **options)
+    return NoRecallLoop(RecallCell(width, 0, **{**cell, "added": False}), inputs, **options)

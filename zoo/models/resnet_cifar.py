@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
-from .staged import StagedNet, cifar_cfg
+from .staged import StagedNet, build, cifar_cfg
 
 __all__ = ["ResNetCifar", "resnet8_cifar", "resnet20_cifar", "resnet38_cifar"]
 
@@ -77,25 +77,23 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> ResNetCifar:
-    return build_model_with_cfg(
-        ResNetCifar, variant, pretrained, feature_cfg={"out_indices": (0, 1, 2)}, depth=depth, **kwargs
-    )
+def _create(variant: str, pretrained: bool, /, **kwargs: Any) -> ResNetCifar:
+    return build(ResNetCifar, variant, pretrained, feature_cfg={"out_indices": (0, 1, 2)}, **kwargs)
 
 
 @register_model
 def resnet8_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """One block a stage, 78 thousand parameters."""
-    return _create("resnet8_cifar", pretrained, depth=1, **kwargs)
+    return _create("resnet8_cifar", pretrained, **{"depth": 1, **kwargs})
 
 
 @register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """Three blocks a stage, 0.27 million parameters."""
-    return _create("resnet20_cifar", pretrained, depth=3, **kwargs)
+    return _create("resnet20_cifar", pretrained, **{"depth": 3, **kwargs})
 
 
 @register_model
 def resnet38_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """Six blocks a stage, 0.56 million parameters."""
-    return _create("resnet38_cifar", pretrained, depth=6, **kwargs)
+    return _create("resnet38_cifar", pretrained, **{"depth": 6, **kwargs})

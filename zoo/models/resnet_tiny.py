@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
-from .staged import StagedNet, cifar_cfg
+from .staged import StagedNet, build, cifar_cfg
 
 __all__ = ["GroupNorm8", "ResNetTiny", "resnet6_tiny", "resnet8_tiny"]
 
@@ -87,10 +87,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, stages: int, **kwargs: Any) -> ResNetTiny:
-    return build_model_with_cfg(
-        ResNetTiny, variant, pretrained, feature_cfg={"out_indices": tuple(range(stages))}, **kwargs
-    )
+def _create(variant: str, pretrained: bool, stages: int, /, **kwargs: Any) -> ResNetTiny:
+    return build(ResNetTiny, variant, pretrained, feature_cfg={"out_indices": tuple(range(stages))}, **kwargs)
 
 
 @register_model

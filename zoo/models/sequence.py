@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .staged import check_further
 
 if TYPE_CHECKING:
     from twnn_plugin.sequence import StackState
@@ -40,6 +41,7 @@ class SequenceModel(nn.Module):
 
     Raises:
         ConfigError: an unknown readout.
+        OptionError: an unknown option or an impossible value.
         AttachError: wormholes that cannot be, or that ``causal`` forbids.
     """
 
@@ -59,7 +61,9 @@ class SequenceModel(nn.Module):
         # Here rather than above: importing twnn_plugin imports this module.
         from twnn_plugin.errors import nearest
         from twnn_plugin.sequence import RecurrentStack
+        from twnn_plugin.sequence.stack import further_options
 
+        check_further(SequenceModel, stack, further_options())
         if readout not in READOUTS:
             known = ", ".join(READOUTS)
             raise ConfigError(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .staged import without_features
+from .staged import check_further, without_features
 
 __all__ = [
     "ImageSequenceNet",
@@ -38,6 +38,7 @@ class ImageSequenceNet(nn.Module):
         **stack: further options of :class:`twnn_plugin.sequence.RecurrentStack`, ``wormholes`` above all.
 
     Raises:
+        OptionError: an unknown option or an impossible value.
         ValueError: images of another size.
     """
 
@@ -56,7 +57,9 @@ class ImageSequenceNet(nn.Module):
         super().__init__()
         # Here rather than above: importing twnn_plugin imports this module.
         from twnn_plugin.sequence import RecurrentStack
+        from twnn_plugin.sequence.stack import further_options
 
+        check_further(ImageSequenceNet, stack, further_options())
         self.num_classes, self.in_chans, self.img_size = num_classes, in_chans, img_size
         self.by, self.drop_rate = by, drop_rate
         self.embed = nn.Linear(in_chans * (img_size if by == "rows" else 1), hidden)
@@ -129,7 +132,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> ImageSequenceNet:
+def _create(variant: str, pretrained: bool, /, **kwargs: Any) -> ImageSequenceNet:
     _, cell, by = ("_" + variant.removeprefix("twnn_")).split("_")
     options = {"cell": cell, "by": by, **kwargs}
     if variant.startswith("twnn_"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, checkpoint
 from torch import Tensor, nn
 
-__all__ = ["StagedNet", "cifar_cfg", "without_features"]
+__all__ = ["StagedNet", "build", "check_further", "cifar_cfg", "without_features"]
 
 _FEW = -2.0  # fresh answers are "no" at most positions
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -34,7 +34,45 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def without_features(kind: Callable[..., Any], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+def build(kind: Callable[..., Any], variant: str, pretrained: bool, /, **kwargs: Any) -> Any:
+    """timm's ``build_model_with_cfg``, with an error that names the option that there is not.
+
+    Args:
+        kind: class of the model; one with ``**options`` looks at them itself, see :func:`check_further`.
+        variant: its registered name.
+        pretrained: load published weights.
+        **kwargs: options of the model, and what timm understands besides.
+
+    Raises:
+        OptionError: an option that the model does not have, with the nearest name.
+    """
+    from twnn_plugin.registry import check_options  # importing twnn_plugin imports this module
+
+    def make(**options: Any) -> Any:  # timm has taken out what is its own
+        check_options(variant, kind, options)
+        return kind(**options)
+
+    return build_model_with_cfg(make, variant, pretrained, **kwargs)
+
+
+def check_further(kind: type, given: Iterable[str], more: Iterable[str]) -> None:
+    """Refuse what a model was given as ``**options`` and has no use for.
+
+    Args:
+        kind: class of the model.
+        given: the names.
+        more: the options it has besides those that its class names.
+
+    Raises:
+        OptionError: an option that there is not, with the nearest name.
+    """
+    # Here rather than above: importing twnn_plugin imports this module.
+    from twnn_plugin.blocks.settings import check_names, option_names
+
+    check_names(kind.__name__, given, list(dict.fromkeys([*option_names(kind), *more])))
+
+
+def without_features(kind: Callable[..., Any], variant: str, pretrained: bool, /, **kwargs: Any) -> Any:
     """timm's ``build_model_with_cfg`` for a model that has no feature maps to give.
 
     Args:
@@ -44,7 +82,7 @@ def without_features(kind: Callable[..., Any], variant: str, pretrained: bool, *
         **kwargs: options of the model, and what timm understands besides.
 
     Raises:
-        OptionError: ``features_only=True``.
+        OptionError: ``features_only=True``, or an option that the model does not have.
     """
     from twnn_plugin.errors import OptionError  # importing twnn_plugin imports this module
 
@@ -53,7 +91,7 @@ def without_features(kind: Callable[..., Any], variant: str, pretrained: bool, *
             f"{variant} has no feature maps of several scales, so that features_only=True gives nothing. "
             "Leave it out and call the model itself."
         )
-    return build_model_with_cfg(kind, variant, pretrained, **kwargs)
+    return build(kind, variant, pretrained, **kwargs)
 
 
 class StagedNet(nn.Module):
