@@ -280,6 +280,28 @@ def test_gradients_are_those_of_the_whole_batch(adjoint, start):
         assert bool(found.isfinite().all())
 
 
+@pytest.mark.parametrize("start", [torch.zeros(5, 2, dtype=f64), drawn(5, 2, seed=6)], ids=["zero", "drawn"])
+@pytest.mark.parametrize("adjoint", ["unrolled", "checkpointed"])
+def test_a_weight_that_meets_the_failed_row_has_a_gradient(adjoint, start):
+    c, v = with_a_failure(), 0.4 * drawn(2, 2, seed=5)
+
+    def gradient(f, solve):
+        w = v.clone().requires_grad_()
+        return torch.autograd.grad(solve(lambda z, c: f(z, c, w))[SOUND].square().sum(), w)[0]
+
+    def f(z, c, w):
+        return torch.tanh(0.5 * z @ w + 0.4 * z.nan_to_num().mean(0)) + c
+
+    def looped(f):
+        z = start
+        for _ in range(100):
+            z = f(z, c)
+        return z
+
+    found = gradient(f, lambda f: quietly(f, start, c, adjoint=adjoint, tol=1e-11, max_iter=300).value)
+    assert_close(found, gradient(lambda z, c, w: f(z.nan_to_num(), c, w), looped), 1e-8)
+
+
 @pytest.mark.parametrize("adjoint, steps, damping", [("one_step", 1, 1.0), ("phantom", 4, 0.5)])
 def test_adjoints_of_few_steps_take_them_on_the_whole_batch(adjoint, steps, damping):
     c = with_a_failure().requires_grad_()

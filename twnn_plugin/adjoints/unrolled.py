@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import transforms
 from ..errors import TransformError
 from ..solvers import Outcome
-from ..trees import leaves
+from ..trees import leaves, rebuild
 from ..types import AdjointReport, State, Status
 from .base import Adjoint
 from .equation import Call
@@ -40,10 +40,14 @@ class Unrolled(Adjoint):
 
     def _solve(self, call: Call) -> Outcome:
         outcome = call.solve()
-        if not torch.is_grad_enabled() or not call.context or call.control.coupled:
+        if not torch.is_grad_enabled():
             return outcome
         broken = outcome.status == int(Status.non_finite)
         if not bool(broken.any()):
+            return outcome
+        if call.control.coupled:
+            return _of_numbers(call, outcome, broken)
+        if not call.context:
             return outcome
         if bool(broken.all()):  # no tensor need be found for torch.func to have its zeros
             constant = replace(outcome, value=outcome.value.detach())
@@ -72,6 +76,27 @@ class Unrolled(Adjoint):
         if bool(which.any()) or (unmoved and everywhere and not call.z0.shape[0]):
             return _evaluated(call, outcome, which)
         return outcome
+
+
+def _of_numbers(call: Call, outcome: Outcome, broken: Tensor) -> Outcome:
+    """The outcome of coupled rows, with the gradient of zeros for what is not finite, where that is right.
+
+    A row that is not finite stays in their batch, and makes NaN of the gradient of every weight that it is
+    multiplied with, whatever its share. Where the others come to the same with zeros in its place, that is
+    what they hear of it.
+    """
+    f, silent = call.f, replace(call.control, callback=None)
+
+    def heard(z: State, *context: Tensor) -> State:
+        return f(rebuild(z, lambda leaf: leaf.nan_to_num(0.0, 0.0, 0.0)), *context)
+
+    numbers = replace(call, f=heard, evaluations=0, control=silent)
+    again = numbers.solve()
+    call.evaluations += numbers.evaluations
+    alike = (again.value == outcome.value).all(dim=1)
+    if not bool((alike | broken).all()):
+        return outcome
+    return replace(outcome, value=torch.where(broken[:, None], outcome.value.detach(), again.value))
 
 
 def _one_at_once(f: Callable[..., State]) -> Callable[..., State]:
