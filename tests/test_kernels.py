@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -449,8 +451,8 @@ def test_a_solve_does_not_write_to_what_it_was_given_or_returned_before():
         tw.fix(f, z0, *p.context, solver="anderson", tol=1e-8, max_iter=200)
     for now, then in zip((z0, *p.context), before, strict=True):
         assert torch.equal(now, then)
-    for value, copy in given_back:
-        assert torch.equal(value, copy)
+    for value, kept in given_back:
+        assert torch.equal(value, kept)
 
 
 # Where they are used, and where not.
@@ -607,6 +609,78 @@ def test_what_a_gate_tells_later_is_of_the_pass():
         gate.threshold.fill_(-5.0)
         gate.temperature = 7.0
         assert torch.equal(told[0](), before)
+
+
+def _other_data(gate: tw.gates.Gate) -> None:
+    for parameter in gate.parameters():
+        parameter.data = torch.randn_like(parameter)
+
+
+def _other_parameters(gate: tw.gates.Gate) -> None:
+    for layer in (gate.hidden, gate.score):
+        layer.weight, layer.bias = (torch.nn.Parameter(torch.randn_like(p)) for p in layer.parameters())
+
+
+def _other_numbers(gate: tw.gates.Gate) -> None:
+    gate.running_mean = torch.randn_like(gate.running_mean)
+    gate.running_var = torch.rand_like(gate.running_var)
+
+
+def _in_place(gate: tw.gates.Gate) -> None:
+    gate.load_state_dict({key: torch.rand_like(value) for key, value in gate.state_dict().items()})
+
+
+def _assigned(gate: tw.gates.Gate) -> None:
+    values = {key: torch.rand_like(value) for key, value in gate.state_dict().items()}
+    gate.load_state_dict(values, assign=True)
+
+
+def _fewer_units(gate: tw.gates.Gate) -> None:
+    gate.hidden.weight.data, gate.hidden.bias.data = gate.hidden.weight.data[:8], gate.hidden.bias.data[:8]
+    gate.score.weight.data = gate.score.weight.data[:, :8]  # of one score: in one piece still
+
+
+def _transposed(gate: tw.gates.Gate) -> None:
+    gate.hidden.weight.data = gate.hidden.weight.data.t().contiguous().t()
+
+
+CHANGES = [
+    *(_other_data, _other_parameters, _other_numbers, _in_place, _assigned, _fewer_units, _transposed),
+    lambda gate: gate.double().float(),
+]
+
+
+@built
+@pytest.mark.parametrize("change", CHANGES, ids=[c.__name__.strip("_<>") for c in CHANGES])
+def test_a_gate_looks_with_the_weights_of_now(change):
+    gate, out = _gate(12), torch.randn(3, 12, 4, 4)
+    with torch.no_grad():
+        gate.threshold.fill_(50.0)
+        assert gate.look(out, "NCHW") is not None  # where the weights lie is noted
+        change(gate)
+        gate.threshold.fill_(50.0)
+        told = gate.look(out, "NCHW")
+        scores = None if told is None else gate.scores
+        gate.glance(pool(out, "NCHW", torch.float32))
+    assert (told is None) == (change is _transposed)  # which the kernel cannot read
+    assert scores is None or torch.allclose(scores, gate.scores, atol=1e-5)
+
+
+@built
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda gate: pickle.loads(pickle.dumps(gate))])
+def test_copies_of_a_gate_look_with_their_own_weights(again):
+    gate, out = _gate(12), torch.randn(3, 12, 4, 4)
+    with torch.no_grad():
+        gate.threshold.fill_(50.0)
+        assert gate.look(out, "NCHW") is not None
+        other, before = again(gate), gate.scores
+        assert other.scores is None  # copies hold no activations
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+        other.look(out, "NCHW")
+        assert not torch.allclose(other.scores, before)
+        gate.look(out, "NCHW")
+        assert torch.equal(gate.scores, before)
 
 
 @built

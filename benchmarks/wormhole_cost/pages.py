@@ -46,6 +46,7 @@ def closed(cells: list[dict[str, Any]]) -> Table:
                 f"{1e3 * seconds['plain']['median']:.2f}",
                 f"{1e3 * seconds['closed']['median']:.2f}",
                 _spread(data["ratios"]["closed"]),
+                _spread(data["ratios"]["twin"]),
                 f"{data['operations']['plain']} + {_more(data, 'operations')}",
                 str(_more(data, "waits")),
                 "yes" if data["same_bits"] else "NO",
@@ -53,11 +54,12 @@ def closed(cells: list[dict[str, Any]]) -> Table:
             )
         )
     columns = (
-        *("model", "plain, ms", "closed, ms", "overhead"),
+        *("model", "plain, ms", "closed, ms", "overhead", "plain again"),
         *("operations", "waits", "same bits", "rounds"),
     )
     notes = (
-        "Ratios round by round; median and quartiles.",
+        "Ratios round by round; median and quartiles. The models share their weights. Plain again: another "
+        "plain model in the same rounds, whose difference is chance.",
         "Operations: those of the plain pass, and how many more there are; waits: how often the closed "
         "wormhole has the host wait for a value.",
     )

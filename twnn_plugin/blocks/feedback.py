@@ -205,16 +205,17 @@ class Feedback(Origin):
             policy = self.policy
         if self.training or not (policy is None or isinstance(policy, FollowsGate)):
             return None
-        # These settings cost more than a look at whether they are needed.
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # which costs less to ask than to set
             with torch.no_grad():
-                return self.glance(out)
-        if torch.is_autocast_enabled(out.device.type):
-            with torch.autocast(out.device.type, enabled=False):
                 return self.glance(out)
         gate: Gate = own["gate"]  # type: ignore[assignment]
         told = gate.look(out, self.out_layout)
-        return gate.glance(self._features(out)) if told is None else told[0]
+        if told is not None:
+            return told[0]
+        if torch.is_autocast_enabled(out.device.type):
+            with torch.autocast(out.device.type, enabled=False):
+                return gate.glance(self._features(out))
+        return gate.glance(self._features(out))
 
     def rested(self, probability: Callable[[], Tensor], group: str | None) -> None:
         """Called in place of :meth:`solved` after a pass in which no row was open."""

@@ -83,6 +83,8 @@ class Gate(nn.Module, ABC):
     def look(self, out: Tensor, layout: str) -> tuple[Callable[[], Tensor] | None] | None:
         """:meth:`glance` at activations that are not pooled yet, where that is quicker.
 
+        Under an autocast it is asked as it is, where :meth:`glance` is asked without.
+
         Args:
             out: (B, ...) activations.
             layout: of their axes, see :data:`~twnn_plugin.blocks.message.LAYOUTS`.

@@ -143,6 +143,7 @@ class LearnedGate(Gate):
         self.register_buffer("running_var", zero.new_ones(width))
         self._penalty: Tensor | None = None
         self._seen = _Seen()
+        self._glance = kernels.Glance(_LEAST, _SLOPE)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,6 +153,8 @@ class LearnedGate(Gate):
     def scores(self) -> Tensor | None:
         """(B,) scores of the last pass, without a graph; None before the first."""
         score = self._seen.score
+        if isinstance(score, kernels.Told):
+            score = score.tensor()
         return None if score is None else largest(self._each(score))
 
     @property
@@ -292,26 +295,27 @@ class LearnedGate(Gate):
         mean, variance = buffers.get("running_mean"), buffers.get("running_var")
         if hidden is None or scorer is None or threshold is None or mean is None or variance is None:
             return None
-        told = kernels.glance(out, layout, hidden, scorer, threshold, mean, variance, _LEAST, _SLOPE)
+        told = self._glance(out, layout, hidden, scorer, threshold, mean, variance)
         if told is None:
             return None
-        score, over = told
-        if over is None:
+        seen = told[0]
+        if seen is None:
             return (None,)
-        self._seen.score = score
+        self._seen.score = seen
         if self._penalty is not None:
             self._penalty = None
         # By the threshold and the temperature of now, whatever becomes of them before anybody asks.
-        return (partial(self._chance, score, self._temperature, over),)
+        return (partial(self._chance, seen, self._temperature),)
 
     def chance(self, margin: Tensor, temperature: float) -> Tensor:
         """The probabilities at some margins, with the temperature that these were made with."""
         return torch.sigmoid(margin)
 
-    def _chance(self, score: Tensor, temperature: float, threshold: float = 0.0) -> Tensor:
-        """The probabilities for scores beside a threshold, as :meth:`forward` makes them."""
+    def _chance(self, found: Tensor | kernels.Told, temperature: float) -> Tensor:
+        """The probabilities for scores less the threshold, or beside it, as :meth:`forward` makes them."""
         with torch.no_grad():
-            return self.chance(self._each(score - threshold) / temperature, temperature)
+            above = found.tensor() - found.threshold if isinstance(found, kernels.Told) else found
+            return self.chance(self._each(above) / temperature, temperature)
 
     def _normal(self, features: Tensor) -> Tensor:
         """The features, means and maxima each of mean zero and variance one over the channels."""
@@ -410,7 +414,7 @@ class LearnedGate(Gate):
 class _Seen:
     """Of the last pass, in a place that takes less time to write to than a module."""
 
-    score: Tensor | None = None  # (B, 1) or (B, C), without a graph
+    score: Tensor | kernels.Told | None = None  # (B, 1) or (B, C), without a graph
 
 
 def _dtype_of(layer: nn.Linear, threshold: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ and the solvers use operations of torch, with the same results up to rounding; `
 environment, or :func:`disabled`, makes them do so.
 """
 
-from .gate import glance
+from .gate import Glance, Told
 from .guests import Guests
 from .kelley import Kelley
 from .looks import Codes, Rule, widths
@@ -18,14 +18,15 @@ __all__ = [
     "SLOTS",
     "Anderson",
     "Codes",
+    "Glance",
     "Guests",
     "Kelley",
     "Rows",
     "Rule",
+    "Told",
     "available",
     "describe",
     "disabled",
-    "glance",
     "moving",
     "reads",
     "same",

@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 10 /* of the arguments; another one in kernels/switch.py means that this was built before it */
+#define VERSION 11 /* of the arguments; another one in kernels/switch.py means that this was built before it */
 #define MARKS 4   /* of a row */
 #define SLOTS 64  /* of a history at most, as in kernels/rows.py */
 #define LANES 32   /* partial sums, see passes.h */
@@ -572,20 +572,16 @@ static PyObject *automatic(PyObject *Py_UNUSED(module), PyObject *const *args, P
     return kelley(args, count, automatic_float, automatic_double);
 }
 
-static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+/* What stays the same from pass to pass, as bytes. */
+static PyObject *glance_settings(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (!counted(count, 20))
+    if (!counted(count, 14))
         return NULL;
     Given given = {args};
-    Glance job = {.rows = whole(&given)};
-    job.channels = whole(&given);
-    job.positions = whole(&given);
+    Glance job = {.channels = whole(&given)};
     job.parts = whole(&given);
     job.hidden = whole(&given);
     job.scores = whole(&given);
-    job.per_channel = whole(&given);
-    job.per_position = whole(&given);
-    job.x = address(&given);
     job.w1 = address(&given);
     job.b1 = address(&given);
     job.w2 = address(&given);
@@ -593,27 +589,51 @@ static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
     job.threshold = address(&given);
     job.mean = address(&given);
     job.variance = address(&given);
-    job.score = address(&given);
     job.eps = real(&given);
     job.least = real(&given);
     job.slope = (float)real(&given);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBytes_FromStringAndSize((const char *)&job, sizeof(job));
+}
+
+/* The scores, as bytes, and the threshold if nothing is above it; else None. */
+static PyObject *glance(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (!counted(count, 6))
+        return NULL;
+    Glance job;
+    if (!made_before(args[0], &job, sizeof(job)))
+        return NULL;
+    Given given = {args + 1};
+    job.rows = whole(&given);
+    job.positions = whole(&given);
+    job.per_channel = whole(&given);
+    job.per_position = whole(&given);
+    job.x = address(&given);
     if (PyErr_Occurred())
         return NULL;
     const ptrdiff_t width = job.parts * job.channels;
     float *space = PyMem_Malloc((size_t)(width + ABREAST * (width + job.hidden)) * sizeof(float));
     if (!space)
         return PyErr_NoMemory();
-    int closed;
-    Py_BEGIN_ALLOW_THREADS;
-    closed = all_closed(&job, space);
-    Py_END_ALLOW_THREADS;
+    PyObject *told = NULL;
+    PyObject *scores = PyByteArray_FromStringAndSize(NULL, job.rows * job.scores * (Py_ssize_t)sizeof(float));
+    if (scores) {
+        int closed;
+        job.score = (float *)PyByteArray_AsString(scores);
+        Py_BEGIN_ALLOW_THREADS;
+        closed = all_closed(&job, space);
+        Py_END_ALLOW_THREADS;
+        told = closed ? Py_BuildValue("Od", scores, (double)*job.threshold) : Py_NewRef(Py_None);
+        Py_DECREF(scores);
+    }
     PyMem_Free(space);
-    if (!closed)
-        Py_RETURN_NONE;
-    return PyFloat_FromDouble((double)*job.threshold);
+    return told;
 }
 
 static PyMethodDef methods[] = {
+    {"glance_settings", (PyCFunction)(void (*)(void))glance_settings, METH_FASTCALL, NULL},
     {"glance", (PyCFunction)(void (*)(void))glance, METH_FASTCALL, NULL},
     {"look_settings", (PyCFunction)(void (*)(void))look_settings, METH_FASTCALL, NULL},
     {"look", (PyCFunction)(void (*)(void))look, METH_FASTCALL, NULL},

@@ -18,7 +18,7 @@ from ..errors import OptionError
 __all__ = ["available", "describe", "disabled", "library", "reads", "takes", "threads"]
 
 _SWITCH = "TWNN_KERNELS"
-_VERSION = 10  # of the arguments, as in rows.c
+_VERSION = 11  # of the arguments, as in rows.c
 _GRAIN = 32768  # numbers below which two threads cost more than they save; torch's own grain
 _REAL = (torch.float32, torch.float64)
 _off: ContextVar[bool] = ContextVar("kernels_off", default=False)
