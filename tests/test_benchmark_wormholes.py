@@ -186,6 +186,7 @@ def test_nothing_is_chosen_on_the_test_part(made, trained):
         gated = run_gated(model, unsure, kind, threshold, opening, (made["val"], made["test"]), cost)
         assert gated["accuracy"] == pytest.approx(point["accuracy"])
         assert gated["share"] == pytest.approx(point["share"], abs=1e-3)
+        assert abs(gated["followed"] - gated["wanted"]) < 0.15  # over a hundred images or so
         assert cost < gated["cost"] <= found["open_cost"]
         if kind == found["gate"]:
             assert {**gated, "random": point["random"]} == pytest.approx(found["gated"], abs=1e-3)
@@ -226,7 +227,7 @@ def cell(arm, seed, accuracy, **more):
     return {"key": f"{arm}{seed}", "options": options, "status": "ok", "reason": "", "data": data}
 
 
-def wormhole(seed, gated, random=80.0, share=0.5):
+def wormhole(seed, gated, random=80.0, share=0.5, followed=0.5):
     point = {"wanted": 0.5, "share": share, "accuracy": gated, "random": random, "cost": 150}
     return cell(
         "wormhole",
@@ -235,7 +236,10 @@ def wormhole(seed, gated, random=80.0, share=0.5):
         test={"closed": 80.0, "open": 96.0},
         open_cost=300,
         gates={"entropy": {"val_accuracy": 1.0, "curve": [point]}},
-        gated={"wanted": 0.5, "share": share, "accuracy": gated, "random": random, "cost": 150},
+        gated={
+            **{"wanted": 0.5, "share": share, "followed": followed},
+            **{"accuracy": gated, "random": random, "cost": 150},
+        },
         tol=0.1,
         steps={
             "mean": 3.0,
@@ -266,9 +270,19 @@ def test_claims_follow_the_figures(gains, verdict):
 
 
 def test_a_missed_share_is_told():
-    cells = [wormhole(0, 90.0, share=0.515), wormhole(1, 90.0, share=0.47)]
-    claim = next(c for c in report.claims(cells) if "open share" in c.claim)
-    assert claim.met == "no" and "-3.0" in claim.ratio
+    cells = [wormhole(0, 90.0, share=0.515), wormhole(1, 90.0, share=0.47, followed=0.481)]
+    off, followed = (c for c in report.claims(cells) if "open share" in c.claim)
+    assert off.met == "no" and "-3.0" in off.ratio
+    assert followed.met == "yes" and "-1.9" in followed.ratio
+
+
+def test_halves_of_a_part_have_each_image_once(made):
+    halves = [made["test"].every(2, first) for first in (0, 1)]
+    for name in ("images", "labels"):
+        whole, both = getattr(made["test"], name), [getattr(half, name) for half in halves]
+        assert torch.equal(torch.cat(both), torch.cat([whole[0::2], whole[1::2]]))
+    for name, value in made["test"].difficulty.items():
+        assert torch.equal(halves[1].difficulty[name], value[1::2])
 
 
 def test_intervals_are_students():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import timm
@@ -324,3 +325,27 @@ def test_vmap_is_refused_and_says_what_to_do(gate, training):
     model.eval()
     fixed = tw.unrolled(model, 2)
     torch.testing.assert_close(torch.func.vmap(fixed)(x), torch.stack([fixed(part) for part in x]))
+
+
+@pytest.mark.parametrize("open_", [False, True])
+def test_a_pass_keeps_no_activations_that_a_replay_does_not_need(open_: bool):
+    model = timm.create_model(
+        "twnn_vit_tiny_patch16_224", img_size=64, wormholes="blocks.11->blocks.8"
+    ).eval()
+    tw.configure(model, policy="always" if open_ else "gate")
+    given, seen = [], []
+
+    def note(module, args):
+        given.append(weakref.ref(args[0]))
+
+    def look(module, args):
+        seen.append([ref() is not None for ref in given])
+        given.clear()
+
+    for place in (8, 9, 10):
+        model.blocks[place].register_forward_pre_hook(note)
+    model.blocks[11].mlp.register_forward_pre_hook(look)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    assert len(seen) > 1 if open_ else len(seen) == 1
+    assert seen[0] == [True, False, False]  # the input of the span, and nothing of what came of it

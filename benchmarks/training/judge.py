@@ -264,7 +264,19 @@ def run_gated(
         "accuracy": percent(correct(seen.logits, split[1])),
         "cost": base + seen.extra,
         "settled": float(seen.settled[seen.opened].float().mean()) if bool(seen.opened.any()) else None,
+        "followed": _followed(model, unsure, kind, opening.share, split[1]),
     }
+
+
+def _followed(model: nn.Module, unsure: Unsure, kind: str, share: float, test: Part) -> float:
+    """The open share of every other test image, by a threshold from those in between, without labels."""
+    told, kept = test.every(2, 0), test.every(2, 1)
+    if kind == "entropy":
+        unsure.threshold = float(torch.quantile(_closed(model, told)[1], 1 - share))
+        tw.configure(model, policy=unsure)
+    else:
+        tw.calibrate(model, list(_batches(model, told)), budget=share)
+    return float(run_over(model, kept).opened.float().mean())
 
 
 def _steps(model: nn.Module, opening: Opening, seen: Pass, goes: Tensor, part: Part) -> dict[str, Any]:

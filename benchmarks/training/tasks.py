@@ -200,6 +200,12 @@ class Part:
     labels: Tensor
     difficulty: dict[str, Tensor]
 
+    def every(self, step: int, first: int) -> Part:
+        """Of each ``step`` images one, from the ``first`` on."""
+        places = slice(first, None, step)
+        difficulty = {name: value[places] for name, value in self.difficulty.items()}
+        return Part(self.images[places], self.labels[places], difficulty)
+
 
 @lru_cache(maxsize=1)  # the cells of a task follow each other
 def parts(dataset: str, img_size: int | None, rows: int | None, quick: bool) -> dict[str, Part]:

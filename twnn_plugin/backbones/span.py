@@ -35,6 +35,10 @@ Evaluate = Callable[..., tuple[tuple[Tensor, ...], Any]]
 """``evaluate(entry, signals, *constants) -> (states, what the last call returned)``."""
 
 
+_LINK: Arguments = ((None,), {})
+"""The arguments of a call that is given one tensor, which another call of the group has returned."""
+
+
 class _Pass:
     """How far a pass has come in a group.
 
@@ -263,6 +267,7 @@ class ReplayedGroup(AttachedGroup):
     def __init__(self, parts: Sequence[Feedback], wiring: Wiring):
         super().__init__(parts, wiring)
         self.nested = any(node.nested for node in wiring.nodes)
+        self.links = wiring.links()
         self.guarded = False  # whether hooks behind the one on the last call are looked after
         first, *later = wiring.nodes
         self.entrance = Placed.before(first.module[0], self._enter)
@@ -294,8 +299,13 @@ class ReplayedGroup(AttachedGroup):
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         now = self.passes.now
-        if now.open_loop is not None and not now.replaying:
-            now.seen.append(snapshot(args, kwargs) if self.nested else (args, kwargs))
+        if now.open_loop is None or now.replaying:
+            return
+        seen = now.seen
+        if len(args) == 1 and not kwargs and len(seen) in self.links and isinstance(args[0], Tensor):
+            seen.append(_LINK)  # what comes from the call before lives no longer than in the plain model
+        else:
+            seen.append(snapshot(args, kwargs) if self.nested else (args, kwargs))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         now = self.passes.now

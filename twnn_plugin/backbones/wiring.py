@@ -225,6 +225,14 @@ class Wiring(Program):
     def _batch(self, seen: Sequence[Arguments]) -> int:
         return leaf_at(seen[0], self.nodes[0].entry).shape[0]
 
+    def links(self) -> frozenset[int]:
+        """The calls whose only argument comes from another call: nobody asks what it was."""
+        return frozenset(
+            index
+            for index, node in enumerate(self.nodes)
+            if len(node.sources) == 1 and node.sources[0].wire is not None and not node.messages
+        )
+
     def fits(self, seen: Sequence[Arguments]) -> bool:
         """Whether the calls were given as many arguments as ever, as far as a glance tells."""
         return [len(args) + len(kwargs) for args, kwargs in seen] == self._widths

@@ -54,12 +54,13 @@ def at_rest(parts: Sequence[Part], outs: Sequence[Tensor]) -> bool:
         probability = part.glance(out)
         if probability is None:
             return False
-        found.append((part, out, probability))
+        found.append(probability)
     group = None
-    for part, out, probability in found:
+    for part, probability in zip(parts, found, strict=True):
         part.rested(probability, group)
-        group = part.span if group is None else group
-        if companion is not None:
+        group = group or parts[0].span
+    if companion is not None:
+        for part, out in zip(parts, outs, strict=True):
             companion.settled[part.span] = out.shape[0], None
     return True
 
