@@ -49,8 +49,8 @@ _WHY = """### Where a target was not reached, and why
   `adjoint=tw.adjoint("implicit", solver="picard")` where memory is short.
 - *Backward, long solves.* Both sides spend their time on products with the same Jacobian there.
 - *Closed wormholes.* One compiled call, what Python does around it and the hooks of the span's modules take a
-  fifth to half a millisecond, whose code and data the network has driven out of the caches since the last
-  pass: more than the aim where a pass takes a few milliseconds.
+  tenth to a fifth of a millisecond for one image: their code and data are out of the caches, which the
+  network has filled since the last pass. That is more than the aim where a pass takes a few milliseconds.
 - *Streaming.* Each turn of a pass's thread takes the time of some ten operators: more than the rows that
   wait cost where the map is a small vector's.
 - *Fashion-MNIST.* Nothing in this task needs feedback. On validation images the wormhole network, as it is
