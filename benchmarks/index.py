@@ -57,7 +57,8 @@ _WHY = """### Where a target was not reached, and why
   trained here, and the plain one of equal training compute are within 0.2 points of each other in the mean
   of five seeds, and nothing that was tried is ahead ([docs/training.md](../docs/training.md)).
 - *Open shares.* A threshold that opens for half of the validation images opens for half of others as far as
-  they are alike: of the test digits, which are other scans, the closed head is a little surer.
+  they are alike: of the test digits, which are other scans, the closed head is a little surer. What is left
+  between halves of the test images is of the size of chance ([docs/training.md](../docs/training.md)).
 """
 _DEVICES = (
     ("cpu", "On a CPU", "not yet measured on a CPU"),
