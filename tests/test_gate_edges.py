@@ -20,7 +20,17 @@ from twnn_plugin.sequence import RecurrentStack
 
 Wormhole = tw.blocks.get("wormhole")
 HALF = (torch.float16, torch.bfloat16)
-NUMBERS = ("threshold", "dual", "integral", "excess", "effort", "price", "running_mean", "running_var")
+NUMBERS = (
+    "threshold",
+    "dual",
+    "integral",
+    "excess",
+    "effort",
+    "price",
+    "running_mean",
+    "running_var",
+    "spread",
+)
 
 
 def features(rows=64, channels=16, seed=0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -228,7 +228,10 @@ def _measure(model: nn.Module, groups: Sequence[_Group], batches: Iterable[Any])
     for group in groups:
         group.clear()
     given = 0
-    with evaluating(model):
+    gates = [gate for group in groups for gate in group.gates.values()]
+    with evaluating(model), ExitStack() as stack:
+        for gate in gates:
+            stack.enter_context(gate.standing())
         for batch in batches:
             model(_inputs(batch))
             given += 1

@@ -13,6 +13,7 @@ from ..blocks import Aids, Feedback, Report, SolveSettings
 from ..blocks.wormhole import Wormhole
 from ..errors import AttachError, OptionError, UnknownNameError, nearest
 from ..gates import Budget, LearnedGate
+from ..gates.following import check_follow
 from ..selection import LayerSelection, selection_of
 from ..sequence import TemporalSpan, check_budget
 from .closed_head import ClosedHead, check_weight, closed_heads
@@ -24,7 +25,7 @@ __all__ = ["configure", "report"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_GATE_OPTIONS = ("budget", "temperature", "threshold")
+_GATE_OPTIONS = ("budget", "temperature", "threshold", "follow")
 _AIDS = ("jacobian", "opening")  # the contraction is built in
 
 
@@ -64,9 +65,11 @@ def configure(model: Model, spans: str | Sequence[str] | None = None, **options:
         spans: names of the spans to change, such as ``"layer4->layer3"``; None: all of them.
         **options: ``solver``, ``adjoint``, ``tol``, ``max_iter``, ``stop``, ``norm`` as in
             :func:`twnn_plugin.fix`; ``policy``; for learned gates ``budget`` (it acts as training
-            goes on, or through :func:`twnn_plugin.calibrate`), ``temperature`` and ``threshold`` (a score;
-            higher closes more); ``jacobian`` and ``opening``, see :class:`~twnn_plugin.blocks.Aids`; and
-            ``closed_weight``. Wormholes that are solved together share the solve's settings and
+            goes on, or through :func:`twnn_plugin.calibrate`), ``temperature``, ``threshold`` (a score;
+            higher closes more) and ``follow`` (the pace at which the threshold goes after the budget's share
+            in eval mode, see :class:`~twnn_plugin.gates.learned.LearnedGate`); ``jacobian`` and
+            ``opening``, see :class:`~twnn_plugin.blocks.Aids`; and ``closed_weight``.
+            Wormholes that are solved together share the solve's settings and
             ``jacobian``: naming one of them changes all. Of a model whose policy picks among layers: the
             solves' settings, ``policy`` and ``max_choices``.
 
@@ -195,10 +198,16 @@ def _check_gates(parts: Sequence[Feedback | TemporalSpan], options: dict[str, An
                 for part in parts:
                     _check_budget(part, value)
             continue
+        if name == "follow" and value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise OptionError(f"{name} must be a number; got {value!r}.")
         if name == "temperature" and not value > 0:
             raise OptionError(f"temperature must be positive; got {value!r}.")
+    for part in parts:
+        gate = part.gate
+        if isinstance(gate, LearnedGate):
+            check_follow(options.get("follow", gate.follow), options.get("budget", gate.budget), gate.control)
 
 
 def _check_budget(part: Feedback | TemporalSpan, budget: float | str) -> None:
@@ -216,5 +225,7 @@ def _set_gate(part: Feedback | TemporalSpan, options: dict[str, Any]) -> None:
         gate.budget = options["budget"]
     if "temperature" in options:
         gate.temperature = float(options["temperature"])
+    if "follow" in options:
+        gate.follow = options["follow"]
     if "threshold" in options:
         gate.put("threshold", float(options["threshold"]))

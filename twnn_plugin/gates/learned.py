@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from .. import kernels, transforms
 from ..errors import OptionError
 from .base import POOLINGS, Gate, choose, ordinary
 from .budget import Budget
+from .following import check_follow, followed
 
 __all__ = ["LearnedGate", "largest"]
 
@@ -25,7 +27,17 @@ _FLOOR = 0.05  # least slope of the budget's penalty, that of a sigmoid being 0.
 _SLOPE = 0.1  # of hidden units below zero: where all of ReLUs are silent, samples share one score
 _LEAST = 0.01  # added to the features' variance: what hardly ever differs is not blown up
 _HALF = (torch.float16, torch.bfloat16)
-_BUFFERS = ("threshold", "dual", "integral", "excess", "effort", "price", "running_mean", "running_var")
+_BUFFERS = (
+    "threshold",
+    "dual",
+    "integral",
+    "excess",
+    "effort",
+    "price",
+    "running_mean",
+    "running_var",
+    "spread",
+)
 
 
 class LearnedGate(Gate):
@@ -74,6 +86,12 @@ class LearnedGate(Gate):
         l0: weight of the expected share of open gates, the mean probability, in :meth:`penalty`.
         pooling: ``"avg"``, or ``"catavgmax"`` for the maxima over positions beside the means; see
             :class:`~twnn_plugin.gates.Gate`.
+        follow: in (0, 1], the pace at which the threshold goes after the budget's share in eval mode, too:
+            about ``1 / follow`` samples are remembered; see :func:`~twnn_plugin.gates.following.followed`.
+            The share is met then on samples that are not like those of the training, without labels. A
+            batch is decided before it moves the threshold, so that its samples do not depend on each
+            other; they do depend on the batches before, and the threshold in the checkpoint moves. None:
+            the threshold stands still in eval mode.
 
     Raises:
         OptionError: an option is out of range.
@@ -98,6 +116,7 @@ class LearnedGate(Gate):
         outputs: int | None = None,
         l0: float = 0.0,
         pooling: str = "avg",
+        follow: float | None = None,
     ):
         super().__init__()
         choose("learn", learn, (None, "benefit", "difficulty"))
@@ -119,6 +138,7 @@ class LearnedGate(Gate):
         self.temperature = self.usual_temperature if temperature is None else temperature
         self.budget, self.momentum, self.learn = budget, momentum, learn
         self.control, self.dual_bound, self.per, self.l0 = control, dual_bound, per, l0
+        self.follow = follow
         width = channels * (2 if pooling == "catavgmax" else 1)
         self.hidden = nn.Linear(width, hidden)
         self.score = nn.Linear(hidden, 1 if per == "sample" else self.outputs)
@@ -132,6 +152,7 @@ class LearnedGate(Gate):
         self.price: Tensor
         self.running_mean: Tensor
         self.running_var: Tensor
+        self.spread: Tensor
         zero = torch.zeros((), dtype=_fine(torch.get_default_dtype()))
         self.register_buffer("threshold", zero)
         self.register_buffer("dual", zero.clone())  # of the last step
@@ -141,6 +162,8 @@ class LearnedGate(Gate):
         self.register_buffer("price", torch.ones_like(zero))  # of a replay, in passes of the plain network
         self.register_buffer("running_mean", zero.new_zeros(width))  # of the layer-normalised features
         self.register_buffer("running_var", zero.new_ones(width))
+        # Of the scores about the threshold, since the gate began to follow; less than zero: nothing is known.
+        self.register_buffer("spread", torch.full_like(zero, -1.0), persistent=False)
         self._penalty: Tensor | None = None
         self._seen = _Seen()
         self._glance = kernels.Glance(_LEAST, _SLOPE)
@@ -166,6 +189,25 @@ class LearnedGate(Gate):
     def budget(self, given: float | str | None) -> None:
         self._budget = None if given is None else Budget.parse(given)
         self._given = given
+
+    @property
+    def follow(self) -> float | None:
+        """The pace at which the threshold goes after the budget's share in eval mode; None: not at all."""
+        return self._follow_rate
+
+    @follow.setter
+    def follow(self, rate: float | None) -> None:
+        check_follow(rate, self._given, self.control)
+        self._follow_rate = rate
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Within this, the threshold stands still in eval mode, whatever :attr:`follow` is."""
+        rate, self._follow_rate = self._follow_rate, None
+        try:
+            yield
+        finally:
+            self._follow_rate = rate
 
     @property
     def temperature(self) -> float:
@@ -268,10 +310,23 @@ class LearnedGate(Gate):
                 self._follow(largest(self._each(seen)))
             else:
                 self._press(largest(margin))
+        elif self._follows() and _arrives(seen):
+            moved = followed(
+                *(self.threshold, self.spread, largest(self._each(seen))),
+                *(self.wanted() or 0.0, self._follow_rate or 0.0),
+            )
+            self.put("threshold", moved[0])
+            self.put("spread", moved[1])
         return margin
+
+    def _follows(self) -> bool:
+        """Whether a pass in eval mode moves the threshold."""
+        return self._follow_rate is not None and self._budget is not None and not self.training
 
     def glance(self, features: Tensor) -> Callable[[], Tensor] | None:
         if self.training or not self.by_margin or not features.numel() or transforms.many(features):
+            return None
+        if self._follows():  # which is in forward
             return None
         threshold, first = self.threshold, self.hidden
         dtype = _dtype_of(first, threshold)
@@ -289,6 +344,8 @@ class LearnedGate(Gate):
 
     def look(self, out: Tensor, layout: str) -> tuple[Callable[[], Tensor] | None] | None:
         if self.training or not self.by_margin or type(self).glance is not LearnedGate.glance:
+            return None
+        if self._follows():
             return None
         own, buffers = self._modules, self._buffers  # a fifth of the time that the attributes take
         hidden, scorer, threshold = own.get("hidden"), own.get("score"), buffers.get("threshold")
@@ -408,6 +465,13 @@ class LearnedGate(Gate):
     # Copies and pickles hold no activations.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_penalty": None, "_seen": _Seen()}
+
+
+def _arrives(score: Tensor) -> bool:
+    """Whether these are scores of samples, and not of a graph that is made for others."""
+    if not score.numel() or transforms.wraps(score) or transforms.exporting():
+        return False
+    return not torch.jit.is_tracing() and not torch.compiler.is_compiling()
 
 
 @dataclass
