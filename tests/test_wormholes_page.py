@@ -16,7 +16,7 @@ def test_the_snippets_run_one_after_another(capsys):
     for code in snippets:
         exec(compile(code, "docs/wormholes.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert len(snippets) == 4 and "layer3->layer2" in printed
+    assert len(snippets) == 5 and "layer3->layer2" in printed
     assert "0.25 of the samples are open" in printed and "% of the parameters are trained" in printed
 
 
