@@ -187,6 +187,7 @@ def test_nothing_is_chosen_on_the_test_part(made, trained):
         assert gated["accuracy"] == pytest.approx(point["accuracy"])
         assert gated["share"] == pytest.approx(point["share"], abs=1e-3)
         assert abs(gated["followed"] - gated["wanted"]) < 0.15  # over a hundred images or so
+        assert abs(gated["arriving"] - gated["wanted"]) < 0.15
         assert cost < gated["cost"] <= found["open_cost"]
         if kind == found["gate"]:
             assert {**gated, "random": point["random"]} == pytest.approx(found["gated"], abs=1e-3)
@@ -227,7 +228,7 @@ def cell(arm, seed, accuracy, **more):
     return {"key": f"{arm}{seed}", "options": options, "status": "ok", "reason": "", "data": data}
 
 
-def wormhole(seed, gated, random=80.0, share=0.5, followed=0.5):
+def wormhole(seed, gated, random=80.0, share=0.5, followed=0.5, arriving=0.5):
     point = {"wanted": 0.5, "share": share, "accuracy": gated, "random": random, "cost": 150}
     return cell(
         "wormhole",
@@ -237,7 +238,7 @@ def wormhole(seed, gated, random=80.0, share=0.5, followed=0.5):
         open_cost=300,
         gates={"entropy": {"val_accuracy": 1.0, "curve": [point]}},
         gated={
-            **{"wanted": 0.5, "share": share, "followed": followed},
+            **{"wanted": 0.5, "share": share, "followed": followed, "arriving": arriving},
             **{"accuracy": gated, "random": random, "cost": 150},
         },
         tol=0.1,
@@ -270,10 +271,11 @@ def test_claims_follow_the_figures(gains, verdict):
 
 
 def test_a_missed_share_is_told():
-    cells = [wormhole(0, 90.0, share=0.515), wormhole(1, 90.0, share=0.47, followed=0.481)]
-    off, followed = (c for c in report.claims(cells) if "open share" in c.claim)
+    cells = [wormhole(0, 90.0, share=0.515), wormhole(1, 90.0, share=0.47, followed=0.481, arriving=0.479)]
+    off, followed, arriving = (c for c in report.claims(cells) if "open share" in c.claim)
     assert off.met == "no" and "-3.0" in off.ratio
     assert followed.met == "yes" and "-1.9" in followed.ratio
+    assert arriving.met == "no" and "-2.1" in arriving.ratio
 
 
 def test_halves_of_a_part_have_each_image_once(made):
@@ -304,3 +306,15 @@ def test_failed_cells_leave_a_report(tmp_path):
     half = [*cells, cell("plain", 7, 85.0)]
     assert "85.00" in str(benchmark.tables(half)[0].rows)
     benchmark.plots([c for c in half if c["options"]["task"] != "cued_digits"], tmp_path)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_the_entropy_gate_goes_after_a_share_where_it_is_told_to(made, trained, follows):
+    model = deepcopy(trained[0][0]).eval()
+    unsure = Unsure(model, "layer2", threshold=0.0)  # all are open, at first
+    unsure.following = (0.25, 0.05) if follows else None
+    tw.configure(model, policy=unsure)
+    for _ in range(30):
+        opened = run_over(model, made["val"]).opened.float().mean()
+    assert (unsure.threshold > 0) is follows
+    assert float(opened) == (pytest.approx(0.25, abs=0.1) if follows else 1.0)

@@ -20,6 +20,7 @@ __all__ = ["judge_plain", "judge_wormhole"]
 _BATCH = 500
 GATES = ("entropy", "learned")
 SETTLED = 1e-3
+FOLLOW = 0.005  # remembers two hundred images
 """Tolerance at which the share of samples that have a fixed point is told."""
 
 
@@ -264,7 +265,24 @@ def run_gated(
         "accuracy": percent(correct(seen.logits, split[1])),
         "cost": base + seen.extra,
         "settled": float(seen.settled[seen.opened].float().mean()) if bool(seen.opened.any()) else None,
+        **_arriving(model, unsure, kind, opening.share, split[1]),
         "followed": _followed(model, unsure, kind, opening.share, split[1]),
+    }
+
+
+def _arriving(model: nn.Module, unsure: Unsure, kind: str, share: float, test: Part) -> dict[str, Any]:
+    """The test images in their order, by a threshold that goes after the share on them, without labels."""
+    if kind == "entropy":
+        unsure.following = share, FOLLOW
+        seen = run_over(model, test)
+        unsure.following = None
+    else:
+        tw.configure(model, follow=FOLLOW)
+        seen = run_over(model, test)
+        tw.configure(model, follow=None)
+    return {
+        "arriving": float(seen.opened.float().mean()),
+        "arriving_accuracy": percent(correct(seen.logits, test)),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twnn_plugin.gates.following import followed
 from twnn_plugin.policies import Policy
 from twnn_plugin.types import PolicyView
 
@@ -25,11 +26,16 @@ class Unsure(Policy):
         source: path of the source, a stage of timm's basic blocks.
         threshold: nats; infinite: none opens.
         share: in [0, 1], of the samples of a batch in training, those of the highest entropy.
+
+    Attributes:
+        following: (share, rate) that the threshold goes after in use, as learned gates do; None: it stays.
     """
 
     def __init__(self, model: nn.Module, source: str, threshold: float = math.inf, share: float = 1.0):
         super().__init__()
         self.threshold, self.share = threshold, share
+        self.following: tuple[float, float] | None = None
+        self._spread = torch.tensor(-1.0)
         self._answer = [model]  # in a list: the model is not a child of its own policy
         self._out: Tensor | None = None
         # The innermost module that gives the stage's output: the wormhole replaces it further out, or later.
@@ -45,7 +51,11 @@ class Unsure(Policy):
         with torch.no_grad():
             found = entropy(model.closed_head.heads[0](model.global_pool(self._out)))
         if not self.training:
-            return found > self.threshold
+            opens = found > self.threshold
+            if self.following is not None:
+                moved = followed(torch.tensor(self.threshold), self._spread, found.cpu(), *self.following)
+                self.threshold, self._spread = float(moved[0]), moved[1]
+            return opens
         most = found.topk(round(self.share * len(found))).indices
         return torch.zeros_like(found, dtype=torch.bool).index_fill(0, most, True)
 
